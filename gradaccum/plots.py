@@ -1,0 +1,148 @@
+"""The figures of the lessons: data in, figure out, nothing computed.
+
+The colours are Okabe and Ito's, which hold for colour-blind eyes; each series has a marker or a hatch of its own too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+HATCHES = ("", "//", "..", "xx", "--", "\\\\", "oo")
+
+
+def panels(titles: Sequence[str], height: float = 3.4) -> tuple[Figure, list[Axes]]:
+    """Make a white figure with one panel for each title, side by side, at most 9 inches wide.
+
+    The figure is taken from pyplot's list, so that a notebook shows it once: as the value of its cell.
+    """
+    figure, axes = pyplot.subplots(
+        1, len(titles), figsize=(min(9.0, 5.2 * len(titles)), height), dpi=110, squeeze=False, layout="constrained"
+    )
+    pyplot.close(figure)
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title, fontsize=11)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, list(axes[0])
+
+
+def lines(
+    axis: Axes, x: Sequence[float], series: Mapping[str, Sequence[float]], *, log: str = "", **labels: str
+) -> None:
+    """Draw each series over x with its own colour and marker.
+
+    Args:
+        axis: where.
+        x: the places on the horizontal axis.
+        series: name -> values, as many as x; a name that starts with "expected" is drawn as a thin dashed line.
+        log: "x", "y" or "xy" for logarithmic axes; a logarithmic x shows the values themselves.
+        labels: `xlabel` and `ylabel`, with their units.
+    """
+    for index, (name, values) in enumerate(series.items()):
+        if name.startswith("expected"):
+            axis.plot(x, values, color="#555555", linestyle="--", linewidth=1, label=name)
+        else:
+            axis.plot(x, values, color=COLOURS[index], marker=MARKERS[index], markersize=5, label=name)
+    if "x" in log:
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(x, [f"{value:g}" for value in x])
+    if "y" in log:
+        positive = [value for values in series.values() for value in values if value > 0]
+        axis.set_yscale("log", base=2 if max(positive) < 100 * min(positive) else 10)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("")
+    axis.set(**labels)
+    if len(series) > 1:
+        axis.legend(frameon=False, fontsize=9)
+
+
+def bars(axis: Axes, names: Sequence[str], values: Sequence[float], *, text: str = "{:.3g}", **labels: str) -> None:
+    """Draw one bar for each name with its value written at its end; `text` is the format of that value."""
+    drawn = axis.barh(names, values, color=[COLOURS[index % len(COLOURS)] for index in range(len(names))])
+    axis.bar_label(drawn, [text.format(value) for value in values], padding=3, fontsize=9)
+    axis.invert_yaxis()
+    axis.margins(x=0.18)
+    axis.set(**labels)
+
+
+def stacked_roles(axis: Axes, peaks: Mapping[str, Mapping[str, int]]) -> None:
+    """Draw each peak as a bar stacked by role, in millions of bytes (MB), with its total at the end.
+
+    Args:
+        axis: where.
+        peaks: name -> role -> bytes, such as `measure_memory`'s `at_peak`.
+    """
+    names = list(peaks)
+    left = [0.0] * len(names)
+    for index, role in enumerate(dict.fromkeys(role for roles in peaks.values() for role in roles)):
+        width = [peaks[name].get(role, 0) / 1e6 for name in names]
+        if any(width):
+            style: dict[str, Any] = {"color": COLOURS[index % 7], "hatch": HATCHES[index % 7], "edgecolor": "white"}
+            axis.barh(names, width, left=left, label=role, height=0.6, **style)
+            left = [start + more for start, more in zip(left, width, strict=True)]
+    for place, total in enumerate(left):
+        axis.text(total, place, f" {total:.2f} MB", va="center", fontsize=9)
+    axis.invert_yaxis()
+    axis.margins(x=0.2)
+    axis.set_xlabel("bytes held at the peak, MB")
+    axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=4)
+
+
+def window_strip(axis: Axes, loops: Mapping[str, Iterable[Sequence[int]]]) -> None:
+    """Draw how each loop groups its micro-batches: one square each, an arrow where the weights are updated.
+
+    Args:
+        axis: where.
+        loops: name -> groups of micro-batch numbers. A group that starts with a negative number was never stepped:
+            its squares are hollow and have no arrow.
+    """
+    names = list(loops)
+    for row, groups in enumerate(loops.values()):
+        for index, group in enumerate(groups):
+            stepped = group[0] >= 0
+            for number in group:
+                place = abs(number) if not stepped else number
+                colour = COLOURS[index % 6]
+                axis.add_patch(
+                    Rectangle(
+                        (place - 0.42, row - 0.3), 0.84, 0.6, facecolor=colour if stepped else "white", edgecolor=colour
+                    )
+                )
+                axis.text(place, row, str(place), ha="center", va="center", color="white" if stepped else "black")
+            if stepped:
+                axis.annotate(
+                    "", (group[-1] + 0.42, row + 0.5), (group[-1] + 0.42, row + 0.28), arrowprops={"arrowstyle": "->"}
+                )
+    last = max(abs(number) for groups in loops.values() for group in groups for number in group)
+    axis.set(xlim=(0.3, last + 0.9), ylim=(len(names) - 0.4, -0.6), xticks=[])
+    axis.set_yticks(range(len(names)), names)
+    axis.spines[["bottom", "left"]].set_visible(False)
+    axis.tick_params(left=False)
+
+
+def padded_rows(axis: Axes, counts: Sequence[int], width: int) -> None:
+    """Draw a padded batch: each row's targets as a filled bar, the ignored rest hollow, the count at the end."""
+    rows = list(range(1, len(counts) + 1))
+    axis.barh(rows, counts, color=COLOURS[0], height=0.7, label="targets")
+    axis.barh(
+        rows,
+        [width - value for value in counts],
+        left=counts,
+        color="white",
+        edgecolor="#555555",
+        hatch="//",
+        height=0.7,
+        label="padding, ignored",
+    )
+    for row, value in zip(rows, counts, strict=True):
+        axis.text(width + 0.5, row, f"{value}", va="center", fontsize=9)
+    axis.invert_yaxis()
+    axis.set(xlabel="position in the padded row", ylabel="row", yticks=rows)
+    axis.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)

@@ -1,0 +1,159 @@
+"""The interactive parts of a lesson: `predict` before you run, `explore` with the mouse or the keys, `progress`.
+
+They keep to what ipywidgets 7.7 has. A view draws what a pure function returns, so that a test can call the function.
+"""
+
+from __future__ import annotations
+
+import html
+import inspect
+import io
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import ipywidgets
+from IPython.display import HTML, DisplayHandle, display
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+Item = TypeVar("Item")
+
+
+class Prediction:
+    """A question that waits for a guess; made by `predict`, answered by `reveal`."""
+
+    def __init__(self, question: str, choices: Sequence[str] = ()) -> None:
+        self.question = question
+        self.guess: str | None = None
+        self._answer = ""
+        self._shown: DisplayHandle | None = None
+        self.box: Any = (
+            ipywidgets.Dropdown(options=["choose ...", *choices], description="Your guess")
+            if choices
+            else ipywidgets.Text(placeholder="a number", description="Your guess")
+        )
+        self.button: Any = ipywidgets.Button(description="Commit", tooltip="Commit your guess")
+        self.status: Any = ipywidgets.HTML("")
+        self.button.on_click(lambda _: self.commit())
+
+    def view(self) -> Any:
+        """Lay out the question, the box to fill and the button: Tab and Enter are enough to use it."""
+        question = ipywidgets.HTML(f"<b>Predict:</b> {html.escape(self.question)}")
+        return ipywidgets.VBox([question, ipywidgets.HBox([self.box, self.button]), self.status])
+
+    def commit(self) -> None:
+        """Take what the box holds as the guess; the answer opens at once where it is already measured."""
+        value = str(self.box.value).strip()
+        if value in ("", "choose ..."):
+            self.status.value = "Give a guess first: any guess beats none."
+            return
+        self.guess = value
+        self.box.disabled = self.button.disabled = True
+        self.status.value = f"You said <b>{html.escape(value)}</b>. Now run the next cell."
+        if self._shown is not None:
+            self._shown.update(HTML(self._answer_html()))
+            self.status.value = f"You said <b>{html.escape(value)}</b>. The answer is open below."
+
+    def reveal(self, answer: object, meaning: str) -> None:
+        """Show the answer: open if a guess was committed, else closed until the reader opens it.
+
+        Args:
+            answer: what was measured; a float is shown with three digits.
+            meaning: what the answer is, with its unit, in a few words that do not give it away.
+        """
+        value = f"{answer:.3g}" if isinstance(answer, float) else str(answer)
+        self._answer = f"<b>{html.escape(value)}</b> {html.escape(meaning)}"
+        self._shown = display(HTML(self._answer_html()), display_id=True)
+
+    def _answer_html(self) -> str:
+        if self.guess is None:
+            summary = "Answer: commit a guess above, or open this"
+            return f"<details><summary>{summary}</summary><p>Measured: {self._answer}</p></details>"
+        return f"<p>You said <b>{html.escape(self.guess)}</b>. Measured: {self._answer}</p>"
+
+
+def predict(question: str, choices: Sequence[str] = ()) -> Prediction:
+    """Ask the learner for a guess, by keyboard alone if they like, before the value shows.
+
+    Args:
+        question: one sentence; plain text.
+        choices: what to choose from; without them a number is typed.
+
+    Returns:
+        The prediction; call its `reveal` in the cell that measures the value.
+    """
+    prediction = Prediction(question, choices)
+    display(prediction.view())
+    return prediction
+
+
+def explore(view: Callable[..., tuple[Figure, str]], **controls: Sequence[Any]) -> None:
+    """Show a figure and its sentence, drawn anew whenever a control moves.
+
+    Args:
+        view: a pure function of the controls' values; gives the figure and one sentence that says what it shows.
+            The default of each of its parameters is where that control starts.
+        controls: the values to choose from, in order, under the names of `view`'s parameters. Numbers become a
+            slider, anything else a list.
+    """
+    start = {name: parameter.default for name, parameter in inspect.signature(view).parameters.items()}
+    boxes = {name: _control(name, values, start[name]) for name, values in controls.items()}
+    back = ipywidgets.Button(description="Back to the start", tooltip="Set every control to where it began")
+    sentence = ipywidgets.HTML()
+    picture = ipywidgets.Image(format="png", layout=ipywidgets.Layout(max_width="100%"))
+
+    def draw(_: object = None) -> None:
+        figure, text = view(**{name: box.value for name, box in boxes.items()})
+        sentence.value = f"<p>{html.escape(text)}</p>"
+        picture.value = _png(figure)
+
+    def reset(_: object) -> None:
+        for name, box in boxes.items():
+            box.value = start[name]
+
+    for box in boxes.values():
+        box.observe(draw, names="value")
+    back.on_click(reset)
+    draw()
+    display(ipywidgets.VBox([*boxes.values(), back, sentence, picture]))
+
+
+def progress(items: Iterable[Item], description: str) -> Iterator[Item]:
+    """Show a bar with the time left while going through `items`; it leaves nothing behind in the notebook.
+
+    Args:
+        items: what to go through; its length, where it has one, gives the time left.
+        description: a few words beside the bar.
+    """
+    shown = display(HTML(""), display_id=True)
+    try:
+        yield from tqdm(items, desc=description, file=_Shown(shown), mininterval=0.2, ascii=" -", ncols=70)
+    finally:
+        shown.update(HTML(""))
+
+
+class _Shown(io.StringIO):
+    """A file that shows the last line written to it in a display of the notebook."""
+
+    def __init__(self, shown: DisplayHandle) -> None:
+        super().__init__()
+        self._handle = shown
+
+    def write(self, text: str) -> int:
+        if text.strip():
+            self._handle.update(HTML(f"<pre>{html.escape(text.strip())}</pre>"))
+        return len(text)
+
+
+def _control(name: str, values: Sequence[Any], start: Any) -> Any:
+    options = [(str(value), value) for value in values]
+    style, layout = {"description_width": "initial"}, ipywidgets.Layout(width="420px")
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    kind = ipywidgets.SelectionSlider if numbers else ipywidgets.Dropdown
+    return kind(options=options, value=start, description=name.replace("_", " "), style=style, layout=layout)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", bbox_inches="tight")
+    return buffer.getvalue()
