@@ -22,6 +22,11 @@ def panels(titles: Sequence[str], height: float = 3.4) -> tuple[Figure, list[Axe
     """Make a white figure with one panel for each title, side by side, at most 9 inches wide.
 
     The figure is taken from pyplot's list, so that a notebook shows it once: as the value of its cell.
+
+    Example:
+        >>> figure, (left, right) = panels(["noise", "bytes"])
+        >>> left.get_title(), right.get_title()
+        ('noise', 'bytes')
     """
     figure, axes = pyplot.subplots(
         1, len(titles), figsize=(min(9.0, 5.2 * len(titles)), height), dpi=110, squeeze=False, layout="constrained"
@@ -44,6 +49,12 @@ def lines(
         series: name -> values, as many as x; a name that starts with "expected" is drawn as a thin dashed line.
         log: "x", "y" or "xy" for logarithmic axes; a logarithmic x shows the values themselves.
         labels: `xlabel` and `ylabel`, with their units.
+
+    Example:
+        >>> figure, (axis,) = panels(["noise"])
+        >>> lines(axis, [1, 2, 4], {"measured": [4, 2, 1], "expected": [4, 2, 1]}, log="x", xlabel="batch size")
+        >>> [line.get_label() for line in axis.lines], axis.get_xlabel()
+        (['measured', 'expected'], 'batch size')
     """
     for index, (name, values) in enumerate(series.items()):
         if name.startswith("expected"):
@@ -64,7 +75,14 @@ def lines(
 
 
 def bars(axis: Axes, names: Sequence[str], values: Sequence[float], *, text: str = "{:.3g}", **labels: str) -> None:
-    """Draw one bar for each name with its value written at its end; `text` is the format of that value."""
+    """Draw one bar for each name with its value written at its end; `text` is the format of that value.
+
+    Example:
+        >>> figure, (axis,) = panels(["error"])
+        >>> bars(axis, ["by k", "by count"], [20.3, 0.0], text="{:.0f} %", xlabel="error, percent")
+        >>> [label.get_text() for label in axis.texts]
+        ['20 %', '0 %']
+    """
     drawn = axis.barh(names, values, color=[COLOURS[index % len(COLOURS)] for index in range(len(names))])
     axis.bar_label(drawn, [text.format(value) for value in values], padding=3, fontsize=9)
     axis.invert_yaxis()
@@ -78,6 +96,12 @@ def stacked_roles(axis: Axes, peaks: Mapping[str, Mapping[str, int]]) -> None:
     Args:
         axis: where.
         peaks: name -> role -> bytes, such as `measure_memory`'s `at_peak`.
+
+    Example:
+        >>> figure, (axis,) = panels(["peak"])
+        >>> stacked_roles(axis, {"k = 1": {"parameters": 1_000_000, "activations": 3_000_000}})
+        >>> [text.get_text() for text in axis.texts]
+        [' 4.00 MB']
     """
     names = list(peaks)
     left = [0.0] * len(names)
@@ -102,6 +126,12 @@ def window_strip(axis: Axes, loops: Mapping[str, Iterable[Sequence[int]]]) -> No
         axis: where.
         loops: name -> groups of micro-batch numbers. A group that starts with a negative number was never stepped:
             its squares are hollow and have no arrow.
+
+    Example:
+        >>> figure, (axis,) = panels(["windows"])
+        >>> window_strip(axis, {"k = 2": [[1, 2], [-3]]})
+        >>> [text.get_text() for text in axis.texts if text.get_text()]
+        ['1', '2', '3']
     """
     names = list(loops)
     for row, groups in enumerate(loops.values()):
@@ -128,7 +158,14 @@ def window_strip(axis: Axes, loops: Mapping[str, Iterable[Sequence[int]]]) -> No
 
 
 def padded_rows(axis: Axes, counts: Sequence[int], width: int) -> None:
-    """Draw a padded batch: each row's targets as a filled bar, the ignored rest hollow, the count at the end."""
+    """Draw a padded batch: each row's targets as a filled bar, the ignored rest hollow, the count at the end.
+
+    Example:
+        >>> figure, (axis,) = panels(["batch"])
+        >>> padded_rows(axis, [3, 5], width=5)
+        >>> [text.get_text() for text in axis.texts]
+        ['3', '5']
+    """
     rows = list(range(1, len(counts) + 1))
     axis.barh(rows, counts, color=COLOURS[0], height=0.7, label="targets")
     axis.barh(
