@@ -1,0 +1,157 @@
+# %% promise [markdown]
+# # Start here: gradient accumulation, and when it is exact
+#
+# Gradient accumulation gives you the gradient of a large batch on a machine that holds a small one.
+# Nearly every tutorial teaches it with one division that is right on some data and wrong on other.
+# Run the next two cells and see. It takes 5 minutes to read this page.
+
+# %% setup tags=["nbval-ignore-output"]
+import torch
+from torch.nn.functional import cross_entropy
+
+import gradaccum
+from gradaccum import data, models, widgets
+
+torch.manual_seed(0)
+print(f"torch {torch.__version__}, gradaccum {gradaccum.__version__}")
+
+# %% surprise
+names = data.character_names()
+characters = data.Characters(names)
+sentences = ["OX", "SUN", "CAT", max(names, key=len)]  # the last has 78 letters
+torch.manual_seed(0)
+model = models.embedding_linear(len(characters), width=32)
+
+
+def gradient(micro_batches):
+    """The gradient as most tutorials accumulate it: each mean loss divided by their number."""
+    model.zero_grad()
+    for lines in micro_batches:
+        inputs, targets = characters.batch(lines)
+        loss = cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+        loss = loss / len(micro_batches)
+        loss.backward()
+    return [parameter.grad for parameter in model.parameters()]
+
+
+one_batch = gradient([sentences])
+one_by_one = gradient([[sentence] for sentence in sentences])
+apart = gradaccum.relative_error(one_by_one, one_batch)
+print(
+    f"The same four sentences cut in two ways: the gradients are {100 * apart:.0f} % apart."
+)
+assert apart > 1.5
+
+# %% surprise-why [markdown]
+# The same sentences, the same model, the textbook loop, and the two gradients are further apart than if one of them were missing.
+# On sentences of equal length the same loop is exact up to rounding.
+# Here are the same four sentences, one by one, through the loop that this course builds:
+
+
+# %% right
+def loss_sum(lines):
+    """The sum of the losses of some sentences."""
+    inputs, targets = characters.batch(lines)
+    return cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+def count(lines):
+    """The number of targets in some sentences."""
+    return data.count_targets(characters.batch(lines))
+
+
+model.zero_grad()
+for window in gradaccum.windows(
+    [[sentence] for sentence in sentences], accumulation_steps=4
+):
+    gradaccum.accumulate(model, window, loss_sum, count)
+right = gradaccum.relative_error(
+    [parameter.grad for parameter in model.parameters()], one_batch
+)
+print(f"Counted first, then divided: {100 * right:.0f} % apart.")
+assert right < 1e-5
+
+# %% able [markdown]
+# ## What you will be able to do
+#
+# - Write an accumulation loop that is right for any cut of the data, and say why it is.
+# - Find the usual mistakes in other people's loops from what they do to the gradient.
+# - Say beforehand what a step costs in memory, and what accumulation saves.
+#
+# ## The map
+#
+# | lesson | what you see | minutes |
+# |---|---|---|
+# | [1. The naive loop](01_naive_loop.ipynb) | what the batch size decides: noise and bytes | 15 |
+# | [2. Accumulate](02_accumulate.ipynb) | `.grad` adds up; a delayed step is k times too large | 15 |
+# | [3. Normalize](03_normalize.ipynb) | one division, and why Adam hides it when it is missing | 20 |
+# | [4. Windows](04_windows.ipynb) | seven ways the loop goes wrong at its edges; the learning rate | 25 |
+# | [5. Unequal micro-batches](05_unequal_micro_batches.ipynb) | the mean of means is not the mean; the finished loop | 25 |
+#
+# Take them in this order: each opens with the loop that the one before ended with.
+# All of them run on a laptop without a GPU.
+
+# %% how [markdown]
+# ## How a lesson works
+#
+# Run a cell with Shift + Enter and go down the page.
+# Before the important numbers you are asked for a guess.
+# Type it, press Tab, then Enter, and run the next cell: the number opens beside your guess.
+# If you would rather read, click on *Answer*.
+# A wrong guess that you remember teaches more than a right number that you read.
+#
+# Try it on the four sentences:
+
+# %% how-guess tags=["nbval-ignore-output", "widget"]
+share_guess = widgets.predict(
+    "Of all the letters and ends in the four sentences, how many percent belong to the longest?"
+)
+
+# %% how-run
+share = (len(sentences[3]) + 1) / sum(len(sentence) + 1 for sentence in sentences)
+share_guess.reveal(
+    f"{100 * share:.0f} %", "of the targets; the textbook loop gives it 25 % of the weight"
+)
+
+# %% how-more [markdown]
+# Each lesson ends with a recap and something to try, with its answer folded away.
+# Notebooks with graded exercises are the next thing to be added to this course.
+#
+# ## What is here
+#
+# The last cell looks at your machine, and says what to do if something is missing.
+
+# %% check tags=["nbval-ignore-output"]
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+print(
+    f"Python {platform.python_version()}, {os.cpu_count()} cores, torch on {torch.get_num_threads()} threads"
+)
+needed = {
+    "torch": "nothing runs without it",
+    "jupyterlab": "it shows the lessons; another notebook editor will do",
+    "ipywidgets": "without it there are no guesses and no sliders",
+    "matplotlib": "without it there are no figures",
+    "tqdm": "without it there are no progress bars",
+    "nbval": "only needed to test the notebooks",
+}
+for package, why in needed.items():
+    try:
+        print(f"  {package} {version(package)}")
+    except PackageNotFoundError:
+        print(
+            f"  {package} is missing ({why}): install it with `pip install {package}`, restart the kernel"
+        )
+if torch.accelerator.is_available():
+    print(
+        f"accelerator: {torch.accelerator.current_accelerator()}; lessons 1 to 5 do not need it"
+    )
+else:
+    print("accelerator: none, and lessons 1 to 5 do not need one")
+
+# %% next [markdown]
+# If the cell above names nothing as missing, you are ready.
+#
+# **Next**: [lesson 1](01_naive_loop.ipynb).

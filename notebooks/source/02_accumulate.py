@@ -1,0 +1,258 @@
+# %% promise [markdown]
+# # 2. Accumulate: many backwards, one step
+#
+# You delay the optimizer's step, find out what that does to the gradient, and measure why people want it.
+#
+# After this lesson you can
+# - say what `.grad` holds after several calls of `backward()`;
+# - predict by which factor a delayed step is wrong, and what plain SGD makes of it;
+# - predict the peak memory of a window of small batches against one large batch.
+#
+# 15 minutes. It continues [lesson 1](01_naive_loop.ipynb).
+
+# %% setup tags=["nbval-ignore-output"]
+import torch
+from torch.nn.functional import cross_entropy
+
+from gradaccum import data, memory, models, plots, relative_error, widgets
+
+torch.manual_seed(0)
+print(f"torch {torch.__version__}, running on the CPU")
+
+# %% adds [markdown]
+# ## `.grad` adds up
+#
+# The slope of `2 * weight` is 2, wherever you stand.
+# Ask for it three times.
+
+# %% adds-run
+weight = torch.tensor(3.0, requires_grad=True)
+for _ in range(3):
+    (2 * weight).backward()
+    print(weight.grad)
+assert weight.grad.item() == 6
+
+# %% adds-why [markdown]
+# `backward()` does not write the gradient into `.grad`.
+# It **adds** it to what is there.
+# Most people meet this as a bug, when they forget `zero_grad()`.
+# Here it becomes the tool: leave `.grad` alone for a while, and it collects.
+
+# %% delay [markdown]
+# ## Delay the step, and nothing else
+#
+# Some words first.
+# A **micro-batch** is what one forward and backward sees.
+# The micro-batches of one update are a **window**, and their number is called **accumulation steps**, k for short.
+#
+# Below is the loop of lesson 1 on the real names, with one `if` more.
+# The micro-batches hold 8 names each, and the step comes after every fourth.
+
+# %% delay-run
+names = data.shuffled([name for name in data.character_names() if len(name) == 18], seed=0)
+characters = data.Characters(names)
+micro_batches = [characters.batch(names[start : start + 8]) for start in range(0, 256, 8)]
+accumulation_steps = 4
+
+torch.manual_seed(0)
+model = models.embedding_linear(len(characters), width=32)
+optimizer = torch.optim.SGD(model.parameters(), lr=4.0)
+updates = 0
+for step, (inputs, targets) in enumerate(micro_batches):
+    logits = model(inputs)
+    loss = cross_entropy(logits.flatten(0, 1), targets.flatten())
+    loss.backward()
+    if (step + 1) % accumulation_steps == 0:
+        optimizer.step()
+        optimizer.zero_grad()
+        updates += 1
+print(f"{len(micro_batches)} micro-batches, {updates} updates")
+assert updates == 8
+
+# %% delay-ask [markdown]
+# Four micro-batches of 8 names are the same 32 names as one batch of 32.
+# We would like the same gradient, too.
+
+# %% factor-guess tags=["nbval-ignore-output", "widget"]
+factor_guess = widgets.predict(
+    "After four micro-batches, how many times the gradient of the one batch of 32 is in .grad?"
+)
+
+# %% factor-run
+torch.manual_seed(0)
+model = models.embedding_linear(len(characters), width=32)
+for inputs, targets in micro_batches[:4]:
+    cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).backward()
+delayed = [parameter.grad for parameter in model.parameters()]
+
+model.zero_grad()
+inputs, targets = characters.batch(names[:32])
+cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).backward()
+full = [parameter.grad for parameter in model.parameters()]
+
+factor = (delayed[0].norm() / full[0].norm()).item()
+factor_guess.reveal(f"{factor:.5f}", "times the gradient of the one batch")
+
+# %% factor-check
+error = relative_error(delayed, full)
+print(
+    f"distance from the full batch's gradient, relative to its length: {100 * error:.0f} %"
+)
+assert abs(factor - 4) < 1e-5
+assert relative_error(delayed, [4 * gradient for gradient in full]) < 1e-6
+
+# %% factor-why [markdown]
+# Each micro-batch's loss is a *mean* over its own 8 names.
+# Adding up four means gives four times the mean of all 32.
+# The direction is right, the length is k times too large.
+#
+# `relative_error` is the yardstick of this course: the length of the difference over the length of the right gradient.
+# 0 is equal, and 100 % is as far off as having no gradient at all.
+
+# %% astray [markdown]
+# ## Plain SGD goes astray
+#
+# SGD moves the weights by the learning rate times the gradient.
+# A gradient four times too large is a learning rate four times too large.
+# With a rate that suits the batch of 32, watch both.
+
+# %% astray-run
+names = data.shuffled([name for name in data.character_names() if len(name) == 18], seed=0)
+characters = data.Characters(names)
+everything = characters.batch(names)
+
+
+def losses_of(accumulation_steps, micro_batch_size):
+    """The loss over all 256 names after each update of SGD, three times through the names."""
+    torch.manual_seed(0)
+    model = models.embedding_linear(len(characters), width=32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=4.0)
+    losses = []
+    for step, start in enumerate(3 * list(range(0, 256, micro_batch_size))):
+        inputs, targets = characters.batch(names[start : start + micro_batch_size])
+        cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).backward()
+        if (step + 1) % accumulation_steps == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                logits = model(everything[0]).flatten(0, 1)
+                losses.append(cross_entropy(logits, everything[1].flatten()).item())
+    return losses
+
+
+whole, delayed = losses_of(1, micro_batch_size=32), losses_of(4, micro_batch_size=8)
+figure, (axis,) = plots.panels(["Same names, same learning rate"])
+series = {"one batch of 32": whole, "4 micro-batches of 8, delayed": delayed}
+plots.lines(
+    axis, range(1, 25), series, log="y", xlabel="update", ylabel="loss over all names, nats"
+)
+print(f"after 24 updates: {whole[-1]:.1f} with one batch of 32")
+print(f"with the delayed step above 1,000: {delayed[-1] > 1000}")
+assert whole[-1] < 2.5
+assert delayed[-1] > 1000
+figure
+
+# %% where [markdown]
+# ## Where the gradients live
+#
+# The loop overwrites `loss` at every micro-batch.
+# Is the first micro-batch's share lost, then?
+# We delete each loss, look where `.grad` lies in memory, and count its bytes.
+
+# %% where-run
+names = data.shuffled([name for name in data.character_names() if len(name) == 18], seed=0)
+characters = data.Characters(names)
+torch.manual_seed(0)
+model = models.embedding_linear(len(characters), width=32)
+places = set()
+for start in (0, 8, 16, 24):
+    inputs, targets = characters.batch(names[start : start + 8])
+    loss = cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+    loss.backward()
+    places.add(model[0].weight.grad.data_ptr())
+    del loss
+weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+gradient_bytes = sum(parameter.grad.nbytes for parameter in model.parameters())
+print(f"4 losses, all deleted; places where the gradient lay: {len(places)}")
+print(f"bytes of the weights: {weight_bytes:,}, of their gradients: {gradient_bytes:,}")
+assert len(places) == 1
+assert gradient_bytes == weight_bytes
+
+# %% where-why [markdown]
+# Nothing is lost: the gradient does not live in the loss.
+# It lives beside each weight, in one place, and every `backward()` adds to that place.
+# The loss holds only the way back through one micro-batch, and `backward()` frees that as it goes.
+# So the name `loss` may be overwritten, and must be: a kept way back would keep its memory.
+
+# %% reason [markdown]
+# ## The reason to do it
+#
+# Lesson 1's model again, with random tokens.
+# One update over 64 rows held 17.1 MB at its peak.
+# Now cut the 64 rows into 4 micro-batches of 16, with one step at the end.
+
+# %% peak-guess tags=["nbval-ignore-output", "widget"]
+peak_guess = widgets.predict(
+    "One batch of 64 rows: 17.1 MB. How many MB for 4 micro-batches of 16?"
+)
+
+
+# %% peak-run
+def peak_of(accumulation_steps, rows=64):
+    """Run one update over 64 rows in equal micro-batches, following every tensor."""
+    model = models.embedding_linear(vocabulary=1000, width=128)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    size = rows // accumulation_steps
+    micro_batches = list(data.random_tokens(batches=accumulation_steps, batch_size=size))
+    with memory.measure_memory(model, optimizer, micro_batches) as measured:
+        for inputs, targets in micro_batches:
+            cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return measured
+
+
+one_batch, four_pieces = peak_of(1), peak_of(4)
+peak_guess.reveal(
+    f"{four_pieces.peak_bytes / 1e6:.1f}", "MB for the window of 4 micro-batches"
+)
+
+# %% peak-figure
+figure, (axis,) = plots.panels(["What is held at the worst moment, by role"])
+figure.set_size_inches(8, 2.6)
+plots.stacked_roles(
+    axis, {"1 x 64 rows": one_batch.at_peak, "4 x 16 rows": four_pieces.at_peak}
+)
+print(f"1 x 64 rows: {one_batch.peak_bytes:,} bytes")
+print(f"4 x 16 rows: {four_pieces.peak_bytes:,} bytes")
+print(f"gradients at the peak: {four_pieces.at_peak['gradients']:,} bytes")
+assert one_batch.peak_bytes == 17_063_848
+assert four_pieces.at_peak["gradients"] == four_pieces.at_peak["parameters"]
+figure
+
+# %% peak-why [markdown]
+# More than a quarter, and for two reasons.
+# The weights are there however small the pieces are.
+# And the collected gradients must stay while the next micro-batch runs: one number for each weight, which the single batch did not hold at its peak.
+# All the rest went down to a quarter, because each micro-batch's activations are freed before the next one starts.
+#
+# This is the trade: the data of a large batch, the activations of a small one.
+
+# %% recap [markdown]
+# ## Recap
+#
+# - `backward()` adds to `.grad`; the gradients live beside the weights, not in the loss.
+# - A delayed step on mean losses has k times the right gradient, and SGD goes astray on it.
+# - A window holds one micro-batch's activations and one copy of the gradients at a time.
+#
+# **Try it.** What will `peak_of(16)` be? Write your number down before you run it.
+#
+# <details><summary>How to reckon it</summary>
+#
+# Weights and gradients are 1,028,000 bytes each and do not change.
+# What is left of the 6.1 MB is nearly all activations of 16 rows; 4 rows have a quarter of them.
+# That makes 2.06 + 4.02 / 4, about 3.1 MB.
+#
+# </details>
+#
+# **Next**: the gradient is four times too large. Lesson 3 mends it with one line, and then asks why almost nobody would notice without that line.

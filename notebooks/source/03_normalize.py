@@ -1,0 +1,284 @@
+# %% promise [markdown]
+# # 3. Normalize: one division, and why Adam hides it
+#
+# You mend the gradient with one line, check how equal "equal" is, and then delete the line again to see who notices.
+#
+# After this lesson you can
+# - write gradient accumulation as most tutorials teach it;
+# - say how close it comes to the large batch, and why not closer;
+# - name the optimizers and settings that hide a missing division, and test in a way that is not fooled.
+#
+# 20 minutes. It continues [lesson 2](02_accumulate.ipynb).
+
+# %% setup tags=["nbval-ignore-output"]
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from gradaccum import data, models, plots, relative_error, widgets
+
+torch.manual_seed(0)
+print(f"torch {torch.__version__}, running on the CPU")
+
+# %% line [markdown]
+# ## One line mends it
+#
+# Lesson 2 ended with a gradient four times too large.
+# So divide each loss by `accumulation_steps` before `backward()`.
+# This is the loop as a well-known short course teaches it, in its own order; only the line with the division is new to you.
+
+# %% line-run
+torch.manual_seed(0)
+mini_batches = list(data.random_tokens(batches=20, batch_size=8, length=20))
+model = nn.Sequential(nn.Embedding(1000, 128), nn.Linear(128, 1000))
+loss_function = nn.CrossEntropyLoss()
+optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+accumulation_steps = 4
+
+for step, (inputs, targets) in enumerate(mini_batches):
+    logits = model(inputs)
+    loss = loss_function(logits.view(-1, 1000), targets.view(-1))
+    loss = loss / accumulation_steps
+    loss.backward()
+    if (step + 1) % accumulation_steps == 0:
+        optimizer.step()
+        optimizer.zero_grad()
+        print(f"Step {step + 1} - weights updated")
+
+# %% line-why [markdown]
+# The course calls this "mathematically equivalent" to a batch four times as large.
+# On paper it is: a quarter of each of four means is the mean of all, if all four have the same size.
+# A computer is not paper.
+
+# %% equal [markdown]
+# ## How equal is equal?
+#
+# Take one window of four micro-batches, 32 of the real names, and compare its gradient with that of the one batch of 32.
+
+# %% equal-guess tags=["nbval-ignore-output", "widget"]
+equal_guess = widgets.predict(
+    "How far apart are the two gradients, relative to their length, in float32?",
+    choices=["exactly 0", "below 0.00001", "about 0.001", "about 0.1"],
+)
+
+# %% equal-run tags=["nbval-ignore-output"]
+names = data.shuffled([name for name in data.character_names() if len(name) == 18], seed=0)
+characters = data.Characters(names)
+
+
+def gradient(groups, dtype):
+    """The gradient of one window: each group of names is a micro-batch, its loss divided by k."""
+    torch.manual_seed(0)
+    model = models.embedding_linear(len(characters), width=32).to(dtype)
+    for group in groups:
+        inputs, targets = characters.batch(group)
+        loss = cross_entropy(model(inputs).flatten(0, 1), targets.flatten()) / len(groups)
+        loss.backward()
+    return [parameter.grad for parameter in model.parameters()]
+
+
+window = [names[start : start + 8] for start in (0, 8, 16, 24)]
+errors = {}
+for dtype in (torch.float32, torch.float64):
+    full = gradient([names[:32]], dtype)
+    accumulated = relative_error(gradient(window, dtype), full)
+    reordered = relative_error(gradient([data.shuffled(names[:32], seed=1)], dtype), full)
+    errors[dtype] = accumulated, reordered
+equal_guess.reveal(f"{errors[torch.float32][0]:.1e}", "in float32")
+
+# %% equal-check tags=["nbval-ignore-output"]
+print("distance from the full batch's gradient, relative to its length")
+for dtype, (accumulated, reordered) in errors.items():
+    print(f"{dtype}: accumulated {accumulated:.1e}, full batch reordered {reordered:.1e}")
+
+# %% equal-bounds
+for dtype, (accumulated, reordered) in errors.items():
+    bound = 5e-6 if dtype == torch.float32 else 1e-14
+    print(
+        f"{dtype}: accumulated within {bound} of the full batch: {accumulated < bound};",
+        end=" ",
+    )
+    print(f"the full batch, its rows reordered: {reordered < bound}")
+    assert accumulated < bound
+    assert 0 < reordered < bound
+print("0.1 + (0.2 + 0.3) == (0.1 + 0.2) + 0.3:", 0.1 + (0.2 + 0.3) == (0.1 + 0.2) + 0.3)
+
+# %% equal-why [markdown]
+# Not equal bit for bit, but up to rounding.
+# Adding floating-point numbers in another order gives another last digit, and accumulation adds the rows in another order.
+# Merely shuffling the rows of the full batch does the same.
+#
+# So this is what "equal" will mean from here on: **no further apart than the rounding that reordering the full batch causes**.
+# The claim of the course holds, for micro-batches of equal size.
+
+# %% delete [markdown]
+# ## Delete the line again
+#
+# Now take the division out, and train for 20 updates with Adam, as the course does.
+# We compare the *weights* with those that full-batch training reaches.
+# The distance is given in percent of how far that training moved them: 100 % is as far off as not having trained.
+
+# %% delete-guess tags=["nbval-ignore-output", "widget"]
+delete_guess = widgets.predict(
+    "No division, k = 4, Adam, 20 updates. How far off are the weights?",
+    choices=["less than 0.1 %", "about 1 %", "about 40 %", "about 400 %"],
+)
+
+# %% delete-run
+names = data.shuffled([name for name in data.character_names() if len(name) == 18], seed=0)
+characters = data.Characters(names)
+inputs, targets = characters.batch(names)
+
+
+def train(optimizer_name, accumulation_steps, divide, updates=20):
+    """The weights, as one vector, at the start and after each update on 32 names."""
+    make_optimizer, max_norm = optimizers[optimizer_name]
+    torch.manual_seed(0)
+    model = models.embedding_linear(len(characters), width=32)
+    optimizer = make_optimizer(model.parameters())
+    weights = [nn.utils.parameters_to_vector(model.parameters()).detach().clone()]
+    for update in range(updates):
+        window = (torch.arange(32) + 32 * update) % 256
+        for rows in window.chunk(accumulation_steps):
+            loss = cross_entropy(model(inputs[rows]).flatten(0, 1), targets[rows].flatten())
+            if divide:
+                loss = loss / accumulation_steps
+            loss.backward()
+        if max_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        weights.append(nn.utils.parameters_to_vector(model.parameters()).detach().clone())
+    return weights
+
+
+optimizers = {  # how to make it, and the largest gradient norm it is given
+    "Adam": (lambda weights: torch.optim.Adam(weights, lr=1e-3), None),
+    "AdamW, decay 0.1": (
+        lambda weights: torch.optim.AdamW(weights, lr=1e-3, weight_decay=0.1),
+        None,
+    ),
+    "Adam, L2 decay 0.1": (
+        lambda weights: torch.optim.Adam(weights, lr=1e-3, weight_decay=0.1),
+        None,
+    ),
+    "Adam, eps 0.001": (lambda weights: torch.optim.Adam(weights, lr=1e-3, eps=1e-3), None),
+    "SGD": (lambda weights: torch.optim.SGD(weights, lr=1.0), None),
+    "SGD, clipped at 0.5": (lambda weights: torch.optim.SGD(weights, lr=1.0), 0.5),
+    "SGD, clipped at 0.05": (lambda weights: torch.optim.SGD(weights, lr=1.0), 0.05),
+}
+full = {name: train(name, accumulation_steps=1, divide=True) for name in optimizers}
+
+
+def distances(optimizer_name, accumulation_steps, divide):
+    """How far the weights are from full-batch training after each update, in percent of its way."""
+    right = full[optimizer_name]
+    way = (right[-1] - right[0]).norm()
+    ours = train(optimizer_name, accumulation_steps, divide)
+    return [
+        100 * ((one - other).norm() / way).item()
+        for one, other in zip(ours, right, strict=True)
+    ]
+
+
+missing = {
+    name: distances(name, accumulation_steps=4, divide=False)[-1] for name in optimizers
+}
+delete_guess.reveal(f"{missing['Adam']:.3f} %", "of the way, with Adam")
+
+# %% delete-all
+figure, (axis,) = plots.panels(["No division, k = 4: distance after 20 updates"])
+figure.set_size_inches(8, 3)
+plots.bars(
+    axis,
+    list(missing),
+    list(missing.values()),
+    text="{:.3g} %",
+    xlabel="percent of the way",
+)
+for name, distance in missing.items():
+    print(f"{name:22} {distance:4.0f} %")
+assert missing["Adam"] < 0.1 and missing["AdamW, decay 0.1"] < 0.1
+assert missing["SGD, clipped at 0.05"] < 0.1
+assert all(missing[name] > 10 for name in ("SGD", "Adam, L2 decay 0.1", "Adam, eps 0.001"))
+assert missing["SGD, clipped at 0.5"] > 10
+figure
+
+# %% delete-why [markdown]
+# With Adam, nothing that you would ever see.
+# It divides a running mean of the gradient by the root of a running mean of its square, so a constant factor cancels.
+# If your only test is "it trains as well as before, with Adam", the missing division passes.
+#
+# ### So why divide?
+#
+# Because everything that compares the gradient with *something else* notices.
+# - **SGD** compares it with the weights: the step is k times as long.
+# - **L2 decay** inside Adam adds a share of the weights to the gradient: against one four times too large, the decay is four times too weak. AdamW decays apart from the gradient, and does not notice.
+# - **eps**, the small number in Adam's denominator, counts for less.
+# - **Clipping** compares the length with a limit, and now cuts what it should not. If it always cuts (the last bar), it hides the factor again.
+#
+# So test without anything that hides: **compare `.grad` itself**, as the last section did, or train with SGD without clipping.
+
+# %% explore [markdown]
+# ### Try the others
+#
+# Choose an optimizer, k, and whether to divide.
+
+# %% explore-measure
+measured = {
+    (name, k, divide): distances(name, k, divide)
+    for name in widgets.progress(optimizers, "every optimizer, k and rule")
+    for k in (2, 4, 8)
+    for divide in (True, False)
+}
+
+
+def from_full_batch(optimizer="SGD", accumulation_steps=4, divide=False):
+    """The figure and the sentence for one setting; a pure function of what was measured."""
+    distance = measured[optimizer, accumulation_steps, divide]
+    figure, (axis,) = plots.panels(["Distance from full-batch training"])
+    labels = {"xlabel": "update", "ylabel": "percent of the way"}
+    plots.lines(axis, range(len(distance)), {"distance": distance}, **labels)
+    axis.set_ylim(0, max(10, 1.1 * max(distance)))
+    rule = "divided" if divide else "not divided"
+    amount = f"{distance[-1]:.0f} %" if distance[-1] > 0.5 else "less than 0.5 %"
+    setting = f"{optimizer}, k = {accumulation_steps}, {rule}"
+    return figure, f"{setting}: after 20 updates the weights are {amount} of the way off."
+
+
+# %% explore-widget tags=["nbval-ignore-output", "widget"]
+widgets.explore(
+    from_full_batch,
+    optimizer=list(optimizers),
+    accumulation_steps=[2, 4, 8],
+    divide=[True, False],
+)
+
+# %% explore-run
+figure, sentence = from_full_batch("SGD", accumulation_steps=8, divide=False)
+print(from_full_batch("SGD", accumulation_steps=8, divide=True)[1])
+print(from_full_batch("Adam", accumulation_steps=8, divide=False)[1])
+print(sentence)
+worst = max(distance[-1] for (_, _, divide), distance in measured.items() if divide)
+print(f"divided, every optimizer and k: less than 0.001 % off: {worst < 0.001}")
+assert worst < 0.001
+assert measured["SGD", 8, False][-1] > 100
+figure
+
+# %% recap [markdown]
+# ## Recap
+#
+# - Divide each micro-batch's mean loss by k, and the window has the large batch's gradient, if the micro-batches are equally large.
+# - Equal means up to the rounding that reordering the batch causes; bit for bit it is not.
+# - Adam, AdamW and constant clipping hide a missing division; SGD, L2 decay, eps and ordinary clipping do not. Compare gradients.
+#
+# **Try it.** Some loops use `cross_entropy(..., reduction="sum")`. By what should each loss be divided then?
+#
+# <details><summary>Answer</summary>
+#
+# By the number of items in the whole window, here 32 names of 19 targets each, 608.
+# With `"mean"` and equal sizes it is k; popular posts have it the wrong way round.
+#
+# </details>
+#
+# **Next**: the division is right, and the loop around it still goes wrong at its edges. Lesson 4 breaks it in seven ways, then turns it inside out.

@@ -1,0 +1,392 @@
+# %% promise [markdown]
+# # 4. Windows: the update is the outer loop
+#
+# You break the loop of lesson 3 at each of its edges, then turn it inside out, so that the edges are gone.
+#
+# After this lesson you can
+# - find the seven usual faults of an accumulation loop, and say what each does to the gradient;
+# - write a loop in which clipping, schedule and logging cannot be in the wrong place;
+# - answer what happens to the learning rate and the number of updates.
+#
+# 25 minutes. It continues [lesson 3](03_normalize.ipynb).
+
+# %% setup tags=["nbval-ignore-output"]
+from itertools import islice
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import gradaccum
+from gradaccum import data, full_batch_gradient, models, plots, relative_error, widgets
+
+torch.manual_seed(0)
+print(f"torch {torch.__version__}, running on the CPU")
+
+# %% never [markdown]
+# ## A loop that never trains
+#
+# The loop of lesson 3, on a small data set: three micro-batches of real names, k = 4, ten epochs.
+# How many updates will that be?
+
+# %% never-run
+names = data.shuffled([name for name in data.character_names() if len(name) == 18], seed=0)
+characters = data.Characters(names)
+micro_batches = [characters.batch(names[start : start + 8]) for start in (0, 8, 16)]
+accumulation_steps = 4
+
+torch.manual_seed(0)
+model = models.embedding_linear(len(characters), width=32)
+optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+before = model[0].weight.clone()
+updates = 0
+for _epoch in range(10):
+    for step, (inputs, targets) in enumerate(micro_batches):
+        loss = cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+        loss = loss / accumulation_steps
+        loss.backward()
+        if (step + 1) % accumulation_steps == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+            updates += 1
+print(
+    f"30 micro-batches, {updates} updates; weights as before: {torch.equal(before, model[0].weight)}"
+)
+assert updates == 0
+
+# %% never-why [markdown]
+# No error, no warning, a loss is printed if you ask for it, and nothing is learned.
+# `enumerate` starts again at each epoch, and `step + 1` never gets to 4.
+
+# %% edges [markdown]
+# ## Seven micro-batches, k = 3
+#
+# Real data sets seldom divide evenly.
+# Here are three ways to write the condition, and what they make of seven micro-batches.
+
+# %% edges-run
+numbers = range(1, 8)
+
+
+def groups_of(is_update, stream=numbers):
+    """Group the micro-batches by where a loop steps; what is never stepped is negative."""
+    groups, group = [], []
+    for step, number in enumerate(stream):
+        group.append(number)
+        if is_update(step):
+            groups.append(group)
+            group = []
+    return [*groups, [-number for number in group]] if group else groups
+
+
+loops = {
+    "(step + 1) % 3 == 0": groups_of(lambda step: (step + 1) % 3 == 0),
+    "step % 3 == 0": groups_of(lambda step: step % 3 == 0),
+    "... or last": groups_of(lambda step: (step + 1) % 3 == 0 or step == 6),
+}
+for name, groups in loops.items():
+    print(f"{name:22} {groups}")
+assert loops["step % 3 == 0"] == [[1], [2, 3, 4], [5, 6, 7]]
+figure, (axis,) = plots.panels(["An arrow is an update; a hollow square never gets one"])
+figure.set_size_inches(7, 2.4)
+plots.window_strip(axis, loops)
+figure
+
+# %% edges-why [markdown]
+# - `(step + 1) % 3 == 0` leaves the seventh in `.grad`, where the next epoch's first window finds it.
+# - `step % 3 == 0`, off by one, makes an update from the first micro-batch alone.
+# - `... or last` steps at the end too. Large libraries do this, and still divide by 3.
+
+# %% edges-guess tags=["nbval-ignore-output", "widget"]
+partial_guess = widgets.predict(
+    "'... or last': the seventh micro-batch is alone in its window, its loss divided by 3. "
+    "How many times the right gradient does its update use?"
+)
+
+# %% partial-run
+names = data.shuffled([name for name in data.character_names() if len(name) == 18], seed=0)
+characters = data.Characters(names)
+torch.manual_seed(0)
+model = models.embedding_linear(len(characters), width=32)
+
+
+def mean_loss(group):
+    """The mean loss of one micro-batch, numbered from 1, of 8 names."""
+    inputs, targets = characters.batch(names[8 * group - 8 : 8 * group])
+    return cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+
+
+def gradient(groups, divisor):
+    """What .grad holds after these micro-batches, each loss divided by the divisor."""
+    model.zero_grad()
+    for group in groups:
+        (mean_loss(group) / divisor).backward()
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+partial = (gradient([7], divisor=3).norm() / gradient([7], divisor=1).norm()).item()
+partial_guess.reveal(f"{partial:.4f}", "times the right gradient")
+
+# %% partial-check
+leak = relative_error(gradient([7, 1, 2, 3], divisor=3), gradient([1, 2, 3], divisor=3))
+cleared = relative_error(gradient([3], divisor=3), gradient([1, 2, 3], divisor=3))
+print(f"the seventh leaks into the next epoch's first window: {100 * leak:.0f} % off")
+print(f"zero_grad one line too high, before each backward: {100 * cleared:.0f} % off")
+assert abs(partial - 1 / 3) < 1e-6
+assert 0.1 < leak < cleared < 1
+
+# %% partial-why [markdown]
+# A micro-batch that is alone in its window should be divided by 1, not by 3: the divisor must be the number of micro-batches *in this window*.
+# The last line shows a fault from the forums: with `zero_grad()` before each `backward()`, only the window's last micro-batch survives.
+
+# %% once [markdown]
+# ## Once per update
+#
+# Three more things belong to the update and are easily left in the inner loop: clipping, the schedule, and what you log.
+
+# %% once-run
+import warnings
+
+warnings.filterwarnings("ignore", "Detected call of")  # PyTorch warns of this very fault
+
+names = data.shuffled([name for name in data.character_names() if len(name) == 18], seed=0)
+characters = data.Characters(names)
+micro_batches = [characters.batch(names[start : start + 8]) for start in range(0, 256, 8)]
+
+
+def train(inside, accumulation_steps=4, max_norm=0.05):
+    """One epoch; `inside` puts clipping, schedule and log where the micro-batches are."""
+    torch.manual_seed(0)
+    model = models.embedding_linear(len(characters), width=32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=8)
+    first_gradient, rates, shares = None, [], []
+    for step, (inputs, targets) in enumerate(micro_batches):
+        update = (step + 1) % accumulation_steps == 0
+        loss = (
+            cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+            / accumulation_steps
+        )
+        loss.backward()
+        shares.append(loss.item())
+        if inside or update:
+            nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        if update:
+            if first_gradient is None:
+                first_gradient = model[1].weight.grad.clone()
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            optimizer.zero_grad()
+        if inside or update:
+            schedule.step()
+    return first_gradient, rates, shares
+
+
+right_gradient, right_rates, _ = train(inside=False)
+wrong_gradient, wrong_rates, shares = train(inside=True)
+print(
+    f"clipped inside: {100 * relative_error(wrong_gradient, right_gradient):.0f} % off, same norm"
+)
+print(
+    "learning rate at updates 1 to 8, right: ",
+    " ".join(f"{rate:.2f}" for rate in right_rates),
+)
+print(
+    "learning rate at updates 1 to 8, inside:",
+    " ".join(f"{rate:.2f}" for rate in wrong_rates),
+)
+print(
+    f"loss.item() at the first update: {shares[3]:.1f}; the window's loss: {sum(shares[:4]):.1f}"
+)
+assert relative_error(wrong_gradient, right_gradient) > 0.1
+assert abs(wrong_rates[2] - 0.01) < 1e-6
+
+# %% once-why [markdown]
+# - **Clipping inside** cuts the sum again and again, so the first micro-batches shrink each time. The norm is right, the direction is not: compare vectors, not norms.
+# - **The schedule inside** is over after a quarter of the training. The rest runs at the lowest rate.
+# - **The logged loss**, if you log `loss.item()` at the update, is the last micro-batch's, already divided by 4. The window's loss is the sum of its four shares.
+
+# %% inside-out [markdown]
+# ## Turn it inside out
+#
+# All seven faults have one cause: the loop goes over micro-batches, and the update hides behind an `if`.
+# So make the update the loop.
+# First cut the stream into windows, then go through each.
+
+# %% inside-out-run
+names = data.shuffled([name for name in data.character_names() if len(name) == 18], seed=0)
+characters = data.Characters(names)
+micro_batches = [characters.batch(names[start : start + 8]) for start in range(0, 56, 8)]
+
+
+def windows(micro_batches, accumulation_steps):
+    """Yield lists of up to `accumulation_steps` micro-batches; the last may be shorter."""
+    stream = iter(micro_batches)
+    while window := list(islice(stream, accumulation_steps)):
+        yield window
+
+
+torch.manual_seed(0)
+model = models.embedding_linear(len(characters), width=32)
+optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=3)
+for window in windows(micro_batches, accumulation_steps=3):
+    window_loss = 0.0
+    for inputs, targets in window:
+        loss = cross_entropy(model(inputs).flatten(0, 1), targets.flatten()) / len(window)
+        loss.backward()
+        window_loss += loss.item()
+    nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad()
+    print(f"{len(window)} micro-batches, 1 update, loss {window_loss:.1f}")
+
+# %% inside-out-why [markdown]
+# Read the loop aloud: *for each window: backward through its micro-batches, clip, step, schedule, clear.*
+# There is no `if`, no counter and no parity.
+# The last window divides by its own length, nothing leaks, and each thing that happens once per update stands once.
+#
+# The course's module has this function with its edges filed: it works on generators, checks its arguments, and knows its length if the data does.
+# Let it prove itself: each window's gradient against the full batch's.
+
+
+# %% module-run
+def loss_sum(micro_batch):
+    """The sum of a micro-batch's losses."""
+    inputs, targets = micro_batch
+    return cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+cut = gradaccum.windows(micro_batches, accumulation_steps=3)
+for window in cut:
+    model.zero_grad()
+    for inputs, targets in window:
+        loss = cross_entropy(model(inputs).flatten(0, 1), targets.flatten()) / len(window)
+        loss.backward()
+    full = full_batch_gradient(model, window, loss_sum, data.count_targets)
+    error = relative_error([parameter.grad for parameter in model.parameters()], full)
+    print(
+        f"window of {len(window)}: equal to its full batch up to rounding: {error < 5e-6}"
+    )
+    assert error < 5e-6
+print(f"{len(cut)} updates, known beforehand")
+assert len(cut) == 3
+
+# %% rate [markdown]
+# ## What about the learning rate?
+#
+# Every learner asks it.
+# With k = 8, the same data makes an eighth of the updates.
+# Each is less noisy, and there are fewer of them.
+
+# %% rate-guess tags=["nbval-ignore-output", "widget"]
+rate_guess = widgets.predict(
+    "SGD, four epochs, the same learning rate. Which ends with the lower loss?",
+    choices=["k = 1, 128 updates", "k = 8, 16 updates", "they end the same"],
+)
+
+# %% rate-run
+names = data.shuffled([name for name in data.character_names() if len(name) == 18], seed=0)
+characters = data.Characters(names)
+inputs, targets = characters.batch(names)
+
+
+def losses_of(accumulation_steps, learning_rate, epochs):
+    """The loss over all 256 names after each update, micro-batches of 8."""
+    torch.manual_seed(0)
+    model = models.embedding_linear(len(characters), width=32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
+    losses = []
+    for window in gradaccum.windows(
+        torch.arange(256).split(8) * epochs, accumulation_steps
+    ):
+        for rows in window:
+            loss = cross_entropy(model(inputs[rows]).flatten(0, 1), targets[rows].flatten())
+            (loss / len(window)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            losses.append(
+                cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).item()
+            )
+    return losses
+
+
+small = losses_of(1, learning_rate=0.5, epochs=4)
+large = losses_of(8, learning_rate=0.5, epochs=32)
+longer_steps = losses_of(8, learning_rate=0.5 * 8**0.5, epochs=32)
+rate_guess.reveal(
+    f"{small[-1]:.1f} and {large[15]:.1f}", "are the losses of k = 1 and k = 8"
+)
+
+# %% rate-figure
+figure, (by_samples, by_updates) = plots.panels(["At equal samples", "At equal updates"])
+names_of = {
+    "k = 1": small,
+    "k = 8, same rate": large,
+    "k = 8, rate x sqrt(8)": longer_steps,
+}
+for index, (label, losses) in enumerate(names_of.items()):
+    per_update = 8 if index == 0 else 64
+    style = {
+        "color": plots.COLOURS[index],
+        "linestyle": ("-", "--", ":")[index],
+        "label": label,
+    }
+    seen = [
+        per_update * (update + 1)
+        for update in range(len(losses))
+        if per_update * update < 1024
+    ]
+    by_samples.plot(seen, losses[: len(seen)], **style)
+    by_updates.plot(range(1, len(losses) + 1), losses, **style)
+by_samples.set(xlabel="names seen", ylabel="loss over all names, nats")
+by_updates.set(xlabel="updates")
+by_updates.legend(frameon=False)
+print(f"after 1,024 names: {small[-1]:.2f}, {large[15]:.2f}, {longer_steps[15]:.2f}")
+print(f"after 128 updates: {small[-1]:.2f}, {large[-1]:.2f}, {longer_steps[-1]:.2f}")
+assert small[-1] < longer_steps[15] < large[15]
+assert large[-1] < small[-1]
+figure
+
+# %% rate-why [markdown]
+# At equal *samples*, fewer updates get less far.
+# At equal *updates* and the same rate the two are nearly the same, and k = 8 has used eight times the data for it.
+# But a quieter gradient allows a longer step, and with one, k = 8 gets further for each update.
+# How much longer? Multiply the rate by the square root of k, or by k: both are rules of thumb, so measure.
+# Count warm-up, schedule and total steps in **updates**.
+#
+# One thing it is not: k small steps.
+
+# %% steps-run
+moved = {}
+for label, batches in (("4 steps on 8 names", 4), ("1 step on the window of 32", 1)):
+    torch.manual_seed(0)
+    model = models.embedding_linear(len(characters), width=32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    start = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    for rows in torch.arange(32).chunk(batches):
+        cross_entropy(model(inputs[rows]).flatten(0, 1), targets[rows].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved[label] = (nn.utils.parameters_to_vector(model.parameters()) - start).norm().item()
+    print(f"{label:27} moved the weights by {moved[label]:.1f}")
+assert moved["4 steps on 8 names"] > 2 * moved["1 step on the window of 32"]
+
+# %% recap [markdown]
+# ## Recap
+#
+# - A loop over micro-batches with an `if` goes wrong at its edges: partial windows, parity, leaks, clearing, clipping, schedule, log.
+# - With the window as the outer loop each update stands once, and the divisor is the window's own.
+# - The same data makes k times fewer updates; the learning rate and the schedule have to know that.
+#
+# **Try it.** Predict what `list(gradaccum.windows(range(7), 4))` prints, and what `gradaccum.windows(range(7), 4.0)` says.
+#
+# <details><summary>Answer</summary>
+#
+# `[[0, 1, 2, 3], [4, 5, 6]]`, and a `TypeError` that repeats the 4.0 and asks for an int.
+#
+# </details>
+#
+# **Next**: all micro-batches had the same size so far. Lesson 5 lets the names have their real lengths, and `/ len(window)` breaks.

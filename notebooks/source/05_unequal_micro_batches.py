@@ -1,0 +1,480 @@
+# %% promise [markdown]
+# # 5. Unequal micro-batches: count first, then divide
+#
+# You let the names have their real lengths, watch the division by k fail, and write the loop that does not.
+#
+# After this lesson you can
+# - say when the mean of means is not the mean, and by how much;
+# - write the loop that is right for every cut, and hold its memory down;
+# - use `accumulate` in a loop of your own.
+#
+# 25 minutes. It continues [lesson 4](04_windows.ipynb).
+
+# %% setup tags=["nbval-ignore-output"]
+import torch
+from torch.nn.functional import cross_entropy
+
+import gradaccum
+from gradaccum import data, memory, models, plots, widgets
+
+torch.manual_seed(0)
+print(f"torch {torch.__version__}, running on the CPU")
+
+# %% means [markdown]
+# ## The mean of means
+#
+# Two tokens with losses 4 and 6, and eight tokens with losses of 1 each.
+# What is the mean loss?
+
+# %% means-run
+short, long = torch.tensor([4.0, 6.0]), torch.ones(8)
+mean_of_means = (short.mean() + long.mean()) / 2
+mean = torch.cat([short, long]).mean()
+print(f"mean of the two means: {mean_of_means:.1f}, mean of the ten losses: {mean:.1f}")
+assert mean_of_means == 3
+assert abs(mean - 1.8) < 1e-6
+
+# %% lengths [markdown]
+# ## From nearly equal to very unequal
+#
+# The mean of means counts the two tokens for as much as the eight.
+# With micro-batches of equal size that is harmless, and the last four lessons took care to have them.
+# Text is not like that.
+#
+# A name of n letters gives n + 1 targets, the end included.
+# Shorter rows are padded, and the padding is ignored: its target is -100, which `cross_entropy` leaves out of its mean.
+
+# %% lengths-figure
+names = data.shuffled(data.character_names(), seed=0)
+characters = data.Characters(names)
+inputs, targets = characters.batch(names[:8])
+counts = (targets != data.IGNORED).sum(dim=1).tolist()
+figure, (axis,) = plots.panels(["8 names in one padded batch"])
+figure.set_size_inches(6, 3)
+plots.padded_rows(axis, counts, width=targets.shape[1])
+print(
+    f"targets in each row: {counts}; {sum(counts)} of {targets.numel()} places are targets"
+)
+assert data.count_targets((inputs, targets)).item() == sum(counts)
+figure
+
+# %% lengths-ask [markdown]
+# Now windows of 4 micro-batches with 8 names each, cut in four ways.
+# Each loss is a mean over the targets of its micro-batch, divided by 4, as in lesson 3.
+
+# %% lengths-guess tags=["nbval-ignore-output", "widget"]
+lengths_guess = widgets.predict(
+    "32 names at random, sorted by length before they are cut. How far off is the gradient, in percent?"
+)
+
+
+# %% lengths-run
+def gradient_and_error(groups, model):
+    """The target counts of a window, and how far dividing by k is from the full batch's gradient."""
+    window = [characters.batch(group) for group in groups]
+    model.zero_grad()
+    for inputs, targets in window:
+        loss = cross_entropy(model(inputs).flatten(0, 1), targets.flatten()) / len(window)
+        loss.backward()
+
+    def loss_sum(micro_batch):
+        inputs, targets = micro_batch
+        return cross_entropy(
+            model(inputs).flatten(0, 1), targets.flatten(), reduction="sum"
+        )
+
+    full = gradaccum.full_batch_gradient(model, window, loss_sum, data.count_targets)
+    counts = [data.count_targets(micro_batch).item() for micro_batch in window]
+    return counts, gradaccum.relative_error(
+        [parameter.grad for parameter in model.parameters()], full
+    )
+
+
+by_length = sorted(names, key=len)
+ways = {
+    "all of 18 letters": [name for name in names if len(name) == 18][:32],
+    "at random": names[:32],
+    "at random, sorted": sorted(names[:32], key=len),
+    "24 shortest, 8 longest": by_length[:24] + by_length[-8:],
+}
+torch.manual_seed(0)
+model = models.embedding_linear(len(characters), width=32)
+measured = {
+    way: gradient_and_error([lines[start : start + 8] for start in (0, 8, 16, 24)], model)
+    for way, lines in ways.items()
+}
+lengths_guess.reveal(
+    f"{100 * measured['at random, sorted'][1]:.0f} %", "off, with names sorted"
+)
+
+# %% lengths-all
+figure, (axis,) = plots.panels(["Dividing by k: distance from the full batch"])
+figure.set_size_inches(8, 2.4)
+labels = [f"{way}: {counts}" for way, (counts, _) in measured.items()]
+percents = [100 * error for _, error in measured.values()]
+plots.bars(axis, labels, percents, text="{:.0f} %", xlabel="error of the gradient, percent")
+for label, percent in zip(labels, percents, strict=True):
+    print(f"{label}: {percent:.0f} %")
+assert percents[0] < 0.001
+assert percents == sorted(percents)
+figure
+
+# %% lengths-why [markdown]
+# The counts are in brackets.
+# The more unequal they are, the more the short names count for, and the gradient is wrong by as much as its own length.
+# This was pointed out in 2021 and found again in 2024, in libraries that everyone used (huggingface/transformers#34191).
+# Sorting by length is no exotic case: loaders do it to save padding.
+
+# %% adam [markdown]
+# ## Adam does not hide it, and the log looks better
+#
+# In lesson 3 Adam hid a constant factor.
+# This error is not a factor: it changes the direction, and differently in every window.
+#
+# Worse, you may like what you see.
+# Take text in which length and content go together: each window has 24 short names of letters, such as `RUNIC LETTER ...`, and 8 long ones.
+# Train twice, dividing by k and dividing by the count, and compare what each loop *logs* with the mean loss over all targets of names that neither has seen.
+
+# %% adam-run
+names = data.character_names()
+characters = data.Characters(names)
+alphabets = ("RUNIC", "GOTHIC", "CHEROKEE", "HIRAGANA", "GEORGIAN", "GREEK", "THAI")
+is_letter = [name for name in names if name.startswith(alphabets) and len(name) <= 18]
+short = data.shuffled(is_letter, seed=0)
+long = data.shuffled([name for name in names if len(name) >= 45], seed=0)
+unseen = characters.batch(short[:24] + long[:8])
+windows = [
+    [
+        characters.batch(group)
+        for group in (*zip(*[iter(letters)] * 8, strict=True), long_ones)
+    ]
+    for letters, long_ones in zip(
+        zip(*[iter(short[24:] * 20)] * 24, strict=False),
+        zip(*[iter(long[8:] * 20)] * 8, strict=False),
+        strict=False,
+    )
+][:100]
+
+
+def take(lines, start, amount):
+    """Some lines from `start` on, from the front again where they run out."""
+    return [lines[(start + index) % len(lines)] for index in range(amount)]
+
+
+def mean_loss(model, micro_batch):
+    """The mean over the targets of one micro-batch."""
+    inputs, targets = micro_batch
+    return cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+
+
+def train(by_count, updates=100):
+    """The model, the loss that the loop logs at the end, and the weights after 20 updates."""
+    torch.manual_seed(0)
+    model = models.embedding_linear(len(characters), width=32)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    logged, after_20 = [], None
+    for update in range(updates):
+        letters, others = take(short[24:], 24 * update, 24), take(long[8:], 8 * update, 8)
+        groups = (letters[:8], letters[8:16], letters[16:], others)
+        window = [characters.batch(group) for group in groups]
+        total = sum(data.count_targets(micro_batch) for micro_batch in window)
+        logged.append(0.0)
+        for micro_batch in window:
+            weight = (
+                data.count_targets(micro_batch) / total if by_count else 1 / len(window)
+            )
+            loss = weight * mean_loss(model, micro_batch)
+            loss.backward()
+            logged[-1] += loss.item()
+        optimizer.step()
+        optimizer.zero_grad()
+        if update == 19:
+            after_20 = (
+                torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+            )
+    return model, sum(logged[-10:]) / 10, after_20
+
+
+by_k, by_k_log, by_k_weights = train(by_count=False)
+by_count, by_count_log, by_count_weights = train(by_count=True)
+with torch.no_grad():
+    by_k_loss, by_count_loss = (
+        mean_loss(by_k, unseen).item(),
+        mean_loss(by_count, unseen).item(),
+    )
+
+torch.manual_seed(0)
+start = torch.nn.utils.parameters_to_vector(
+    models.embedding_linear(len(characters), width=32).parameters()
+)
+way = (by_count_weights - start).norm()
+off = ((by_k_weights - by_count_weights).norm() / way).item()
+print(f"Adam, 20 updates: the weights are {100 * off:.0f} % of the way off")
+print("                     logs   names unseen")
+print(f"divided by k        {by_k_log:5.2f}   {by_k_loss:5.2f}")
+print(f"divided by count    {by_count_log:5.2f}   {by_count_loss:5.2f}")
+assert off > 0.1
+assert by_k_log < by_count_log - 0.1
+assert by_k_loss > by_count_loss + 0.03
+
+# %% adam-why [markdown]
+# The loop that divides by k logs the *lower* loss and has the *worse* model.
+# Its log is a mean of means, too: it counts the easy short names for as much as the long ones, when it learns and when it reports.
+# Two loops with different divisors cannot be compared by their logs.
+
+# %% count [markdown]
+# ## Count first, then divide
+#
+# The right mean adds up all losses of the window and divides by the number of its targets.
+# That number must be known *before* the first `backward()`.
+# So count first; the rest of lesson 4's loop stays.
+
+# %% count-run
+names = data.shuffled(data.character_names(), seed=0)
+characters = data.Characters(names)
+by_length = sorted(names[:56], key=len)
+micro_batches = [
+    characters.batch(by_length[start : start + 8]) for start in range(0, 56, 8)
+]
+
+torch.manual_seed(0)
+model = models.embedding_linear(len(characters), width=32)
+optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+for window in gradaccum.windows(micro_batches, accumulation_steps=3):
+    count = sum((targets != data.IGNORED).sum() for _, targets in window)
+    window_loss = 0.0
+    for inputs, targets in window:
+        logits = model(inputs)
+        loss = (
+            cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / count
+        )
+        loss.backward()
+        window_loss += loss.item()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    print(f"{len(window)} micro-batches, {count} targets, 1 update, loss {window_loss:.1f}")
+
+# %% count-why [markdown]
+# Three things changed: the count, `reduction="sum"`, and the divisor.
+# It costs one thing: the inputs of a whole window must be at hand before its first forward pass.
+# Inputs are small; activations are large, and there is still one micro-batch of them at a time.
+#
+# ### A fix that lost the point
+#
+# There is a tempting other way: add up the losses of all micro-batches, divide at the end, and call `backward()` once.
+# A large library shipped that in 2024 and took it back (pytorch/torchtune#1875 and #1917).
+
+# %% deferred-guess tags=["nbval-ignore-output", "widget"]
+deferred_guess = widgets.predict(
+    "Its gradient is right. How many times the memory of one backward per micro-batch does it take?"
+)
+
+
+# %% deferred-run
+def peak_of(size, deferred=False):
+    """The peak, in MB, of the gradient of a small GPT on 64 rows in micro-batches of `size`."""
+    torch.manual_seed(0)
+    model = models.GPT(vocabulary=40, context=20, width=64, layers=2)
+    window = list(data.random_tokens(64 // size, batch_size=size, length=20, vocabulary=40))
+    with memory.measure_memory(model, window) as measured:
+        count = sum(targets.numel() for _, targets in window)
+        total = 0.0
+        for inputs, targets in window:
+            logits = model(inputs)
+            loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+            if deferred:
+                total = total + loss
+            else:
+                (loss / count).backward()
+            del logits, loss
+        if deferred:
+            (total / count).backward()
+    return measured.peak_bytes / 1e6
+
+
+full, at_once, deferred = peak_of(64), peak_of(8), peak_of(8, deferred=True)
+deferred_guess.reveal(
+    f"{deferred / at_once:.1f}", "times the peak of one backward per micro-batch"
+)
+
+# %% deferred-all
+figure, (axis,) = plots.panels(["64 rows through a small GPT"])
+figure.set_size_inches(8, 2)
+rules = ["one batch of 64", "8 x 8, one backward at the end", "8 x 8, a backward for each"]
+plots.bars(axis, rules, [full, deferred, at_once], text="{:.1f} MB", xlabel="peak, MB")
+given_back = (deferred - at_once) / (full - at_once)
+print(
+    f"One backward at the end gives back {100 * given_back:.0f} % of what accumulation saves."
+)
+assert 0.5 < given_back < 1
+figure
+
+# %% deferred-why [markdown]
+# A loss that has not been through `backward()` keeps its whole graph, so the activations of all 8 micro-batches pile up.
+# The gradients are right, and only a memory test notices.
+
+# %% finished [markdown]
+# ## The finished loop
+#
+# `gradaccum.accumulate` is the inner part of this loop with its edges filed: it counts, divides and calls `backward()` for each micro-batch.
+# It never steps, clips, schedules or clears: those stay in your loop, once per window.
+#
+# It also refuses what would go wrong silently.
+# At the end of the cell somebody has looked at a gradient and forgotten to clear it.
+
+# %% finished-run
+names = data.shuffled(data.character_names(), seed=0)
+characters = data.Characters(names)
+by_length = sorted(names[:56], key=len)
+micro_batches = [
+    characters.batch(by_length[start : start + 8]) for start in range(0, 56, 8)
+]
+
+torch.manual_seed(0)
+model = models.embedding_linear(len(characters), width=32).double()
+optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+
+
+def loss_sum(micro_batch):
+    """The sum of a micro-batch's losses."""
+    inputs, targets = micro_batch
+    return cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+for window in gradaccum.windows(micro_batches, accumulation_steps=3):
+    full = gradaccum.full_batch_gradient(model, window, loss_sum, data.count_targets)
+    result = gradaccum.accumulate(model, window, loss_sum, data.count_targets)
+    error = gradaccum.relative_error(
+        [parameter.grad for parameter in model.parameters()], full
+    )
+    optimizer.step()
+    optimizer.zero_grad()
+    print(
+        f"{result.count} targets, loss {result.loss:.1f}; float64 error below 1e-12: {error < 1e-12}"
+    )
+    assert error < 1e-12
+
+loss_sum(micro_batches[0]).backward()
+try:
+    gradaccum.accumulate(model, micro_batches[:3], loss_sum, data.count_targets)
+except ValueError as error:
+    print(error)
+    assert "zero_grad" in str(error)
+model.zero_grad()
+
+# %% libraries [markdown]
+# ## Which libraries do what
+#
+# Each library was run on a partial window (2 micro-batches left over of k = 4) and on a full window with unequal counts, and its gradient compared with the full batch's.
+# The table is a record, with its date and versions, of one command; the guides that it follows are linked in [the benchmarks](../benchmarks/README.md).
+
+# %% libraries-table tags=["nbval-ignore-output"]
+import json
+
+from IPython.display import Markdown
+
+with open("../benchmarks/edges.json", encoding="utf-8") as file:
+    record = json.load(file)
+provenance = record["provenance"]
+rows = ["| library | how | 2 left over of k = 4 | unequal counts |", "|---|---|---|---|"]
+for row in record["rows"]:
+    ratio = row["partial_window_ratio"]
+    left_over = row["partial_window"] if ratio is None else f"{ratio} x the right gradient"
+    library = f"{row['library']} {row['version']}".strip() or "none"
+    rows.append(
+        f"| {library} | {row['how']} | {left_over} | {100 * row['unequal_counts_error']:.0f} % off |"
+    )
+print(
+    f"{provenance['date']}, torch {provenance['versions']['torch']}: {provenance['command']}"
+)
+assert record["rows"][-1]["unequal_counts_error"] < 1e-6
+Markdown("\n".join(rows))
+
+# %% explore [markdown]
+# ## Try other lengths
+#
+# Four micro-batches of one line each.
+# Choose how many targets each has, and compare three rules.
+
+# %% explore-measure
+names = data.character_names()
+characters = data.Characters(names)
+torch.manual_seed(0)
+model = models.embedding_linear(len(characters), width=32)
+lines = ["COW " * 16, *[name[:64] for name in names if len(name) > 67][:3]]
+LENGTHS = [1, 2, 4, 8, 16, 32, 64]
+
+
+def summed_gradient(line, length):
+    """The gradient of the sum of a line's first `length` losses, as one vector."""
+    inputs, targets = characters.batch([line])
+    model.zero_grad()
+    logits = model(inputs)[0, :length]
+    cross_entropy(logits, targets[0, :length], reduction="sum").backward()
+    return torch.cat(
+        [parameter.grad.flatten() for parameter in model.parameters()]
+    ).double()
+
+
+sums = [{length: summed_gradient(line, length) for length in LENGTHS} for line in lines]
+
+
+def errors_of(lengths):
+    """The error of three rules for these four target counts; arithmetic on `sums` alone."""
+    parts, total = [sums[line][length] for line, length in enumerate(lengths)], sum(lengths)
+    means = [part / length for part, length in zip(parts, lengths, strict=True)]
+    shares = [mean * length / total for mean, length in zip(means, lengths, strict=True)]
+    rules = {
+        "each mean / k": sum(mean / 4 for mean in means),
+        "each mean x its count / all": sum(shares),
+        "each sum / all": sum(part / total for part in parts),
+    }
+    right = sum(parts) / total
+    return {
+        rule: gradaccum.relative_error(gradient, right) for rule, gradient in rules.items()
+    }
+
+
+def compare(first=1, second=64, third=1, fourth=64):
+    """The figure and the sentence for four target counts."""
+    lengths = (first, second, third, fourth)
+    percents = {rule: 100 * error for rule, error in errors_of(lengths).items()}
+    figure, (axis,) = plots.panels([f"targets: {lengths}"])
+    figure.set_size_inches(8, 2)
+    values = list(percents.values())
+    plots.bars(axis, list(percents), values, text="{:.0f} %", xlabel="error, percent")
+    axis.set_xlim(0, max(10, 1.25 * max(values)))
+    return (
+        figure,
+        f"With {lengths} targets, dividing by k is {values[0]:.0f} % off; the others, 0 %.",
+    )
+
+
+# %% explore-widget tags=["nbval-ignore-output", "widget"]
+widgets.explore(compare, first=LENGTHS, second=LENGTHS, third=LENGTHS, fourth=LENGTHS)
+
+# %% explore-run
+figure, sentence = compare(1, 64, 1, 64)
+print(compare(16, 16, 16, 16)[1])
+print(sentence)
+assert max(errors_of((16, 16, 16, 16)).values()) < 1e-12
+assert errors_of((1, 64, 1, 64))["each mean / k"] > 0.5
+assert max(list(errors_of((1, 64, 1, 64)).values())[1:]) < 1e-12
+figure
+
+# %% recap [markdown]
+# ## Recap
+#
+# - The mean of means is not the mean when the counts differ; the error grows to the gradient's own length and beyond, and no optimizer hides it.
+# - Count the window's items first, then divide each summed loss by that count, with one `backward()` for each micro-batch.
+# - `windows` and `accumulate` are that loop; clip, step, schedule and clear stay with you, once per window.
+#
+# **Try it.** Your loss already comes as a mean over the micro-batch's targets, and you cannot change that. How do you weight it?
+#
+# <details><summary>Answer</summary>
+#
+# By the micro-batch's share of the targets: its count over the count of the window.
+# It is the second rule of the figure above.
+#
+# </details>

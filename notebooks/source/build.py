@@ -1,0 +1,242 @@
+"""Make the notebooks of this course from their sources: run each in a fresh kernel and keep what it shows.
+
+    python notebooks/source/build.py                     # all of them
+    python notebooks/source/build.py 01_naive_loop       # one
+    python notebooks/source/build.py --check             # compare with the sources, run nothing
+
+A source is jupytext's py:percent. Each cell opens with its name, `# %% setup` or `# %% the-promise [markdown]`, which
+becomes the cell's id, so that a link, a comment and a review find the same cell after every change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jupytext
+import nbformat
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from nbformat import NotebookNode
+from nbval.kernel import CURRENT_ENV_KERNEL_NAME, NbvalKernelspecManager
+
+SOURCE = Path(__file__).resolve().parent
+NOTEBOOKS = SOURCE.parent
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+# A widget cell also carries `nbval-ignore-output`: what it shows is a live view, the cell after it tests the numbers.
+TAGS = {"nbval-ignore-output", "widget"}
+CELL_SECONDS = 120
+
+
+class SourceError(ValueError):
+    """A source that cannot be made into a notebook; the message is for the author."""
+
+
+def sources() -> dict[str, Path]:
+    """Find the sources: NN_name.py, by stem."""
+    return {path.stem: path for path in sorted(SOURCE.glob("[0-9][0-9]_*.py"))}
+
+
+def read_source(path: Path) -> NotebookNode:
+    """Read a source into a notebook without outputs: ids from the cells' names, no metadata but tags."""
+    notebook = nbformat.v4.new_notebook(metadata=METADATA)
+    notebook.nbformat_minor = 5  # the first with cell ids
+    allowed = f"at most the tags {', '.join(sorted(TAGS))}"
+    for number, cell in enumerate(jupytext.read(path, fmt="py:percent").cells, start=1):
+        here = f"{path.name}, cell {number}"
+        name, tags = cell.metadata.pop("title", ""), cell.metadata.pop("tags", [])
+        if not name:
+            raise SourceError(f"{here} has no name: open it with `# %% some-name`.")
+        if not re.fullmatch(r"[a-z0-9-]{1,64}", name):
+            raise SourceError(
+                f"{here} is named {name!r}: use 1 to 64 of a-z, 0-9 and the hyphen."
+            )
+        if any(name == other.id for other in notebook.cells):
+            raise SourceError(
+                f"{here} is named {name!r}, and so is another cell: each name stands once in a notebook."
+            )
+        layout = [
+            key
+            for key in cell.metadata
+            if key.startswith("lines_to_") or key == "cell_marker"
+        ]  # jupytext's own
+        if unknown := [*(set(cell.metadata) - set(layout)), *sorted(set(tags) - TAGS)]:
+            raise SourceError(
+                f"{here}, {name!r}, has {unknown[0]!r}: besides its name a cell has {allowed}."
+            )
+        metadata = {"tags": tags} if tags else {}
+        notebook.cells.append(
+            nbformat.from_dict({**cell, "id": name, "metadata": metadata})
+        )
+    nbformat.validate(notebook)
+    return notebook
+
+
+@contextmanager
+def kernel(notebook: NotebookNode, **environment: str) -> Iterator[NotebookClient]:
+    """Start a kernel of this Python, whatever the machine's `python3` kernel is, in the notebooks' folder."""
+    client = NotebookClient(
+        notebook,
+        km=AsyncKernelManager(
+            kernel_name=CURRENT_ENV_KERNEL_NAME,
+            kernel_spec_manager=NbvalKernelspecManager(),
+        ),
+        timeout=CELL_SECONDS,
+        coalesce_streams=True,  # how a stream was cut into messages is chance
+        record_timing=False,
+        shutdown_kernel="immediate",
+        extra_arguments=[
+            "--HistoryManager.hist_file=:memory:",
+            "--IPKernelApp.log_level=ERROR",
+        ],
+    )
+    inherited = {
+        name: value for name, value in os.environ.items() if name != "MPLBACKEND"
+    }  # figures are inline
+    with client.setup_kernel(
+        cleanup_kc=True, cwd=str(NOTEBOOKS), env=inherited | environment
+    ):
+        yield client
+
+
+def run_cells(client: NotebookClient, cells: Iterable[NotebookNode]) -> None:
+    """Run code cells one after another; SourceError names the one that fails."""
+    for cell in cells:
+        try:
+            client.execute_cell(cell, client.nb.cells.index(cell))
+        except CellExecutionError as error:
+            problem = f"{error.ename}: {error.evalue}\n\n{error.traceback}"
+        except CellTimeoutError:
+            problem = f"took longer than {CELL_SECONDS} seconds"
+        except DeadKernelError:
+            problem = "the kernel died, perhaps for want of memory"
+        else:
+            continue
+        raise SourceError(f"cell {cell.id!r} failed: {problem}")
+
+
+def build(path: Path) -> NotebookNode:
+    """Read a source, run it in a fresh kernel, and keep the outputs of all cells but the widgets."""
+    notebook = read_source(path)
+    with kernel(notebook) as client:
+        try:
+            run_cells(client, notebook.cells)
+        except SourceError as error:
+            raise SourceError(f"{path.name}, {error}") from None
+    for cell in notebook.cells:
+        if "widget" in cell.metadata.get("tags", []):
+            cell.outputs = []
+    notebook.metadata = nbformat.from_dict(METADATA)
+    return notebook
+
+
+def differences(path: Path) -> list[str]:
+    """Say where a committed notebook does not match its source, outputs apart. Nothing is run."""
+    made = NOTEBOOKS / f"{path.stem}.ipynb"
+    if not made.exists():
+        return [f"{made.name} is missing"]
+    text, expected = made.read_text(encoding="utf-8"), read_source(path)
+    try:
+        found = nbformat.reads(text, as_version=4)
+    except (nbformat.reader.NotJSONError, nbformat.ValidationError) as error:
+        return [f"{made.name} is no notebook: {str(error).splitlines()[0]}"]
+    names, committed = (
+        [cell.id for cell in expected.cells],
+        [cell.get("id", "no id") for cell in found.cells],
+    )
+    problems = [f"cell {name!r} is missing" for name in names if name not in committed]
+    problems += [
+        f"cell {name!r} is not in the source" for name in committed if name not in names
+    ]
+    if not problems and names != committed:
+        problems.append("the cells stand in another order, or one stands twice")
+    ours = {cell.id: cell for cell in expected.cells}
+    for cell in found.cells:
+        for key in ("cell_type", "source", "metadata", "attachments"):
+            if cell.get("id") in ours and cell.get(key) != ours[cell.id].get(key):
+                problems.append(f"cell {cell.id!r} has another {key}")
+    for key in ("metadata", "nbformat", "nbformat_minor"):
+        if found[key] != expected[key]:
+            problems.append(f"the notebook has another {key}")
+    if text != nbformat.writes(found) + "\n":
+        problems.append("the file is laid out by another program")
+    return [f"{made.name}: {problem}" for problem in problems]
+
+
+def write(notebook: NotebookNode, path: Path) -> int:
+    """Write the notebook whole or not at all, in nbformat's own layout; return its bytes."""
+    nbformat.validate(notebook)
+    data = (nbformat.writes(notebook) + "\n").encode()
+    draft = path.with_suffix(".ipynb.part")
+    draft.write_bytes(data)
+    draft.replace(path)
+    return len(data)
+
+
+def make(path: Path) -> list[str]:
+    """Make one notebook and say so."""
+    started = time.perf_counter()
+    notebook = build(path)
+    size = write(notebook, NOTEBOOKS / f"{path.stem}.ipynb")
+    seconds = time.perf_counter() - started
+    print(
+        f"{path.stem}: {len(notebook.cells)} cells, {seconds:.1f} s, {size:,} bytes",
+        flush=True,
+    )
+    return []
+
+
+def check(path: Path) -> list[str]:
+    """Compare one notebook with its source and say so."""
+    problems = differences(path)
+    print("\n".join(problems) or f"{path.stem}: as its source says")
+    return problems
+
+
+def main(names: list[str], act: Callable[[Path], list[str]] = make) -> int:
+    """Make or check the named notebooks, or all of them; return the exit status."""
+    known = sources()
+    stems = [Path(name).stem for name in names] or list(known)
+    try:
+        if unknown := [stem for stem in stems if stem not in known]:
+            raise SourceError(
+                f"there is no source {unknown[0]!r}; there are: {', '.join(known) or 'none'}."
+            )
+        problems = [problem for stem in stems for problem in act(known[stem])]
+    except SourceError as error:
+        print(error, file=sys.stderr)
+        return 1
+    for orphan in (
+        []
+        if names
+        else sorted(
+            path.name for path in NOTEBOOKS.glob("*.ipynb") if path.stem not in known
+        )
+    ):
+        problems.append(f"{orphan}: has no source")
+        print(problems[-1])
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Make the notebooks from their sources.")
+    parser.add_argument(
+        "names", nargs="*", help="such as 01_naive_loop; all of them if none is named"
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="compare sources, ids and metadata; run nothing",
+    )
+    arguments = parser.parse_args()
+    sys.exit(main(arguments.names, check if arguments.check else make))

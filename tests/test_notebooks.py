@@ -1,0 +1,363 @@
+"""The lessons: as their sources say, whole, of the agreed shape, and the same result however they are run.
+
+nbval, which runs every lesson beside these tests, compares what is stored. These tests hold what it cannot see:
+that something is stored, that a live view is driven, that an answer is closed, and (slow) that a second run of a
+cell, a section alone, another number of threads or an older processor give the same.
+"""
+
+import ast
+import copy
+import importlib.util
+import os
+import re
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+from nbval.plugin import coalesce_streams
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = ROOT / "notebooks"
+START = "00_start_here"
+# Written out, so that a lesson that got lost is noticed; the other tests take those that are there.
+LESSONS = [START, "01_naive_loop", "02_accumulate", "03_normalize", "04_windows", "05_unequal_micro_batches"]
+LIVE = {"predict", "explore"}  # the calls that show a live view
+
+specification = importlib.util.spec_from_file_location("make_notebooks", NOTEBOOKS / "source" / "build.py")
+build = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(build)
+
+
+class Lesson:
+    """A made notebook, and the few things that many tests ask about it."""
+
+    def __init__(self, stem):
+        self.stem, self.path = stem, NOTEBOOKS / f"{stem}.ipynb"
+        self.notebook = nbformat.read(self.path, as_version=4)
+        self.cells = self.notebook.cells
+        self.code = [cell for cell in self.cells if cell.cell_type == "code"]
+        self.prose = [cell for cell in self.cells if cell.cell_type == "markdown"]
+        self.text = "\n\n".join(cell.source for cell in self.prose)
+
+    def sections(self):
+        """The code cells after the set-up cell, cut at each `## ` heading; the opening counts as a section."""
+        found = [[]]
+        for cell in self.cells:
+            if cell.cell_type == "markdown" and re.search(r"^## ", cell.source, re.M):
+                found.append([])
+            elif cell.cell_type == "code" and cell.id != "setup":
+                found[-1].append(cell)
+        return [section for section in found if section]
+
+
+@pytest.fixture(params=sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")), scope="module")
+def lesson(request):
+    return Lesson(request.param)
+
+
+def tags(cell):
+    return set(cell.metadata.get("tags", []))
+
+
+def calls(cell):
+    """The names that a cell calls: `predict` for `predict(...)`, `widgets.predict(...)` and `a.b.predict(...)`."""
+    called = [node.func for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Call)]
+    return Counter(getattr(function, "attr", getattr(function, "id", "")) for function in called)
+
+
+def compared(outputs):
+    """What nbval compares of a cell's outputs: each kind of text in its order, and never a picture."""
+    shown = {}
+    for output in coalesce_streams(copy.deepcopy(outputs)):
+        if output.output_type == "stream":
+            shown.setdefault(output.name, []).append(output.text)
+        elif output.output_type == "error":
+            shown.setdefault("error", []).append(f"{output.ename}: {output.evalue}")
+        else:
+            for kind, value in output.data.items():
+                if kind not in ("image/png", "image/jpeg", "application/vnd.jupyter.widget-view+json"):
+                    shown.setdefault(kind, []).append(value)
+    return shown
+
+
+# --------------------------------------------------------------------------------------- source and made file
+
+
+def test_these_are_all_lessons():
+    made = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
+    assert made == LESSONS
+    assert sorted(build.sources()) == LESSONS
+
+
+def test_a_lesson_is_what_its_source_says(lesson):
+    source = build.sources().get(lesson.stem)
+    assert source is not None, f"{lesson.stem} has no source"
+    assert build.differences(source) == []
+
+
+def test_tags_are_known(lesson):
+    for cell in lesson.cells:
+        assert tags(cell) <= build.TAGS, cell.id
+        if cell.cell_type == "code":
+            assert "NBVAL_" not in cell.source, f"{cell.id}: nbval obeys comments too; mark a cell by its tags alone"
+
+
+# ------------------------------------------------------------------------------------------------ what is stored
+
+
+def test_every_code_cell_was_run_and_keeps_its_outputs(lesson):
+    # nbval compares nothing where the count is missing, so a stripped notebook would pass it.
+    assert [cell.execution_count for cell in lesson.code] == list(range(1, len(lesson.code) + 1))
+    for cell in lesson.code:
+        for output in cell.outputs:
+            assert output.output_type != "error", f"{cell.id} stores the error {output.ename}"
+            assert output.get("name") != "stderr", f"{cell.id} stores what went to stderr: {output.text}"
+
+
+def test_widget_cells_store_nothing_and_the_next_cell_tests_the_view(lesson):
+    for cell, following in zip(lesson.cells, [*lesson.cells[1:], None], strict=True):
+        for output in cell.get("outputs", []):
+            assert "application/vnd.jupyter.widget-view+json" not in output.get("data", {}), f"{cell.id} stores a view"
+        if cell.cell_type == "code" and LIVE & set(calls(cell)):
+            assert "widget" in tags(cell), f"{cell.id} shows a live view and has no tag `widget`"
+        if "widget" in tags(cell):
+            assert cell.cell_type == "code", cell.id
+            assert "nbval-ignore-output" in tags(cell), cell.id
+            assert cell.outputs == [], cell.id
+            assert following is not None, f"{cell.id} is the last cell: nothing tests its view"
+            assert following.cell_type == "code", f"after {cell.id} a code cell must test the view"
+            asserts = [node for node in ast.walk(ast.parse(following.source)) if isinstance(node, ast.Assert)]
+            # An assert would give a prediction's answer away; revealed, it is stored, and nbval compares it.
+            tested = asserts or calls(following)["reveal"]
+            assert tested, f"{following.id} follows the widget {cell.id}, and neither asserts nor reveals"
+
+
+def test_answers_are_closed_until_the_reader_opens_them(lesson):
+    shown = [(cell.id, cell.source) for cell in lesson.prose]
+    for cell in lesson.code:
+        shown += [(cell.id, page) for output in cell.outputs for page in [output.get("data", {}).get("text/html", "")]]
+        if calls(cell)["reveal"]:
+            pages = [page for name, page in shown if name == cell.id]
+            assert sum("<details" in page for page in pages) == calls(cell)["reveal"], f"{cell.id} hides no answer"
+    for name, page in shown:
+        assert not re.search(r"<details[^>]*\bopen\b", page), f"{name} stores an answer that is open"
+        assert page.count("<details") == page.count("</details>") == page.count("<summary"), name
+    total = sum((calls(cell) for cell in lesson.code), Counter())
+    assert total["predict"] == total["reveal"], "each prediction needs its answer, and each answer its prediction"
+
+
+def test_what_is_compared_does_not_depend_on_versions(lesson):
+    for cell in lesson.code:
+        if "nbval-ignore-output" not in tags(cell):
+            for text in [text for texts in compared(cell.outputs).values() for text in texts]:
+                assert not re.search(r"\b\d+\.\d+\.\d+", text), f"{cell.id} shows a version: tag it nbval-ignore-output"
+
+
+# --------------------------------------------------------------------------------------------------- the anatomy
+
+
+def test_length(lesson):
+    words = [word for word in re.sub(r"<[^>]+>", " ", lesson.text).split() if re.search(r"\w", word)]
+    print(f"{lesson.stem}: {len(lesson.cells)} cells, {len(words)} words")
+    least_cells, least_words = (0, 0) if lesson.stem == START else (15, 600)
+    assert least_cells <= len(lesson.cells) <= 30
+    assert least_words <= len(words) <= 1200
+
+
+def test_opening(lesson):
+    first, setup = lesson.cells[0], lesson.code[0]
+    assert first.cell_type == "markdown"
+    assert first.source.startswith("# ")
+    assert "minutes" in first.source, "the opening says how long the lesson takes"
+    assert len(re.findall(r"^# ", re.sub(r"```.*?```", "", lesson.text, flags=re.S), re.M)) == 1, "one title"
+    assert setup.id == "setup"
+    assert len([line for line in setup.source.splitlines() if line.strip()]) <= 8
+
+
+def test_no_magics_and_no_paths(lesson):
+    for cell in lesson.code:
+        try:
+            ast.parse(cell.source)
+        except SyntaxError as error:
+            pytest.fail(f"{cell.id} is no plain Python (a magic?): {error}")
+        assert not {"get_ipython", "chdir"} & set(calls(cell)), cell.id
+        assert not re.search(r"\bsys\.path\b|\bpathlib\b", cell.source), cell.id
+    texts = [node.value for node in ast.walk(ast.parse(lesson.code[0].source)) if isinstance(node, ast.Constant)]
+    assert not [text for text in texts if isinstance(text, str) and re.search(r"[/\\]", text)], "a path in the set-up"
+
+
+def test_no_cell_is_empty(lesson):
+    assert [cell.id for cell in lesson.cells if not cell.source.strip()] == []
+
+
+def test_at_most_one_interactive_view(lesson):
+    assert sum(calls(cell)["explore"] for cell in lesson.code) <= 1
+
+
+def test_recap_is_last(lesson):
+    if lesson.stem == START:
+        return  # the page before the lessons has nothing to look back on
+    heading, _, body = lesson.text.rpartition("\n## ")
+    assert heading
+    assert body.startswith("Recap\n"), "the last section is `## Recap`"
+    assert len(re.findall(r"^- ", body.partition("<details")[0], re.M)) == 3, "three bullets"
+
+
+# ------------------------------------------------------------------------------ slow: the same, however it is run
+
+
+def assert_as_stored(cells, after, how):
+    for stored in cells:
+        ran = next(cell for cell in after if cell.id == stored.id)
+        if "nbval-ignore-output" not in tags(stored):
+            assert compared(ran.outputs) == compared(stored.outputs), f"{stored.id}, {how}"
+
+
+@pytest.mark.slow
+def test_every_cell_can_be_run_twice(lesson):
+    fresh = copy.deepcopy(lesson.notebook)
+    with build.kernel(fresh) as client:
+        for cell in fresh.cells:
+            for time_ in ("the first time", "the second time"):
+                build.run_cells(client, [cell])
+                assert_as_stored([c for c in lesson.code if c.id == cell.id], [cell], time_)
+
+
+@pytest.mark.slow
+def test_every_section_runs_alone_after_the_set_up(lesson):
+    for section in lesson.sections():
+        fresh = copy.deepcopy(lesson.notebook)
+        names = ["setup", *(cell.id for cell in section)]
+        with build.kernel(fresh) as client:
+            build.run_cells(client, [cell for cell in fresh.cells if cell.id in names])
+        assert_as_stored(section, fresh.cells, f"in the section that {section[0].id} opens, run alone")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="pins the kernel and reads its memory as Linux tells it")
+@pytest.mark.parametrize(
+    ("cores", "seconds", "environment"),
+    [
+        (2, 15, {"OMP_NUM_THREADS": "2"}),
+        (1, 30, {"OMP_NUM_THREADS": "1"}),  # as on Binder
+        (2, 30, {"OMP_NUM_THREADS": "2", "ATEN_CPU_CAPABILITY": "default"}),  # a processor without wide vectors
+    ],
+    ids=["two-cores", "one-core", "plain-processor"],
+)
+def test_time_memory_and_the_same_outputs(lesson, cores, seconds, environment):
+    available = sorted(os.sched_getaffinity(0))
+    if len(available) < cores:
+        pytest.skip(f"needs {cores} cores")
+    fresh = copy.deepcopy(lesson.notebook)
+    started = time.perf_counter()
+    with build.kernel(fresh, **environment) as client:
+        process = client.km.provisioner.pid
+        os.sched_setaffinity(process, available[:cores])
+        build.run_cells(client, fresh.cells)
+        took, computed = time.perf_counter() - started, sum(psutil.Process(process).cpu_times()[:4])
+        status = Path(f"/proc/{process}/status").read_text()
+    peak = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1000
+    print(f"{lesson.stem} on {cores} core(s), {environment}: {took:.1f} s, {computed:.1f} s computing, {peak:.0f} MB")
+    assert_as_stored(lesson.code, fresh.cells, str(environment))
+    assert min(took, computed) <= seconds  # where others share the cores, the wait is not the lesson's
+    assert peak <= 900
+
+
+# --------------------------------------------------------------------------------------------- the builder itself
+
+SOURCE = """\
+# %% promise [markdown]
+# # A title
+#
+# Two lines, 5 minutes.
+
+# %% setup
+number = 2
+
+
+# %% numbers
+print(number + 2)
+number
+
+# %% view tags=["nbval-ignore-output", "widget"]
+print("live")
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder of notebooks with one source, and the builder at work there."""
+    monkeypatch.setattr(build, "NOTEBOOKS", tmp_path)
+    monkeypatch.setattr(build, "SOURCE", tmp_path / "source")
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "01_small.py").write_text(SOURCE)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("cell", "sentence"),
+    [
+        ("# %%", "cell 5 has no name"),
+        ("# %% [markdown]", "cell 5 has no name"),
+        ("# %% Set_up", "cell 5 is named 'Set_up': use 1 to 64"),
+        ("# %% two words", "cell 5 is named 'two words': use 1 to 64"),
+        (f"# %% {'a' * 65}", "use 1 to 64"),
+        ("# %% setup", "cell 5 is named 'setup', and so is another cell"),
+        ('# %% more tags=["nbval-ignore-outputs"]', "'more', has 'nbval-ignore-outputs'"),
+        ('# %% more slideshow={"slide_type": "slide"}', "'more', has 'slideshow'"),
+    ],
+)
+def test_the_builder_refuses(folder, cell, sentence):
+    source = folder / "source" / "01_small.py"
+    source.write_text(f"{SOURCE}\n{cell}\n# text\n")
+    with pytest.raises(build.SourceError, match=re.escape(sentence)):
+        build.read_source(source)
+
+
+def test_the_builder_makes_a_notebook_and_notices_each_difference(folder, capsys):
+    made = folder / "01_small.ipynb"
+    assert build.main(["01_small"]) == 0
+    assert capsys.readouterr().out.startswith("01_small: 4 cells, ")
+    notebook = nbformat.read(made, as_version=4)
+    assert [cell.id for cell in notebook.cells] == ["promise", "setup", "numbers", "view"]
+    assert [cell.execution_count for cell in notebook.cells[1:]] == [1, 2, 3]
+    assert [compared(cell.outputs) for cell in notebook.cells[1:]] == [{}, {"stdout": ["4\n"], "text/plain": ["2"]}, {}]
+    assert notebook.metadata == build.METADATA
+    assert [dict(cell.metadata) for cell in notebook.cells[:3]] == [{}] * 3
+    right = made.read_text()
+    assert build.main([]) == 0
+    assert made.read_text() == right, "made again, it is the same to the byte"
+    assert build.main([], build.check) == 0
+
+    changes = {
+        ("# A title", "# Another"): "cell 'promise' has another source",
+        ('"id": "setup"', '"id": "set-up"'): "cell 'setup' is missing",
+        ('"widget"', '"skip"'): "cell 'view' has another metadata",
+        ('"name": "python"\n', '"name": "python",\n   "version": "3"\n'): "the notebook has another metadata",
+        ('"nbformat_minor": 5', '"nbformat_minor": 4'): "the notebook has another nbformat_minor",
+        (' "cells"', '  "cells"'): "the file is laid out by another program",
+    }
+    for (old, new), sentence in changes.items():
+        assert old in right
+        made.write_text(right.replace(old, new))
+        capsys.readouterr()
+        assert build.main([], build.check) == 1
+        assert f"01_small.ipynb: {sentence}" in capsys.readouterr().out
+    made.write_text(right.replace('"4\\n"', '"5\\n"'))
+    assert build.main([], build.check) == 0, "outputs are nbval's to compare"
+    made.rename(folder / "02_lost.ipynb")
+    assert build.main([], build.check) == 1
+    assert "01_small.ipynb is missing\n02_lost.ipynb: has no source" in capsys.readouterr().out
+
+
+def test_the_builder_names_the_cell_that_fails_and_writes_nothing(folder, capsys):
+    (folder / "source" / "01_small.py").write_text(f"{SOURCE}\n# %% broken\n1 / 0\n")
+    assert build.main(["01_small.py"]) == 1
+    assert "01_small.py, cell 'broken' failed: ZeroDivisionError: division by zero" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["source"]
+    assert build.main(["07_none"]) == 1
+    assert "there is no source '07_none'; there are: 01_small." in capsys.readouterr().err
