@@ -1,0 +1,249 @@
+"""The project as a whole: its budget, its links, its docstrings, what an import costs, and the wheel."""
+
+import ast
+import doctest
+import io
+import os
+import re
+import subprocess
+import sys
+import tokenize
+import tomllib
+import zipfile
+from pathlib import Path
+
+import jupytext
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+# Public functions without an example that runs, and why.
+WITHOUT_EXAMPLE = {
+    "widgets.explore": "shows a live view",
+    "widgets.predict": "shows a live view",
+    "widgets.progress": "shows a live view",
+}
+
+
+def project_files():
+    """Every file that git tracks or would, so that the tests speak before the commit."""
+    command = ["git", "ls-files", "-co", "--exclude-standard", "-z"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [path for path in map(Path, sorted(set(filter(None, listed.split("\0"))))) if (ROOT / path).is_file()]
+
+
+def python_files(folder=""):
+    return [path for path in project_files() if path.suffix == ".py" and path.is_relative_to(folder)]
+
+
+def is_notebook_source(path):
+    return path.parent == Path("notebooks/source") and bool(re.match(r"\d\d_", path.name))
+
+
+def text_of(path):
+    """A file's text, or None for what is no text."""
+    try:
+        return (ROOT / path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return None
+
+
+def lines_of_code(source):
+    """Count the lines that hold code: not blank, not comment, not docstring."""
+    layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    code = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in layout:
+            code.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
+            node, clean=False
+        ):
+            code.difference_update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return len(code)
+
+
+def test_lines_of_code_are_counted_right():
+    source = '"""Doc\n\nstring."""\n\nimport os  # counts\n\n\ndef f(a,\n      b):\n    """Doc."""\n    # no\n'
+    source += '    return """x\n\ny"""\n'
+    assert lines_of_code(source) == 6  # the import, two lines of the head, three of the string
+
+
+# --------------------------------------------------------------------------------------------------- the budget
+
+
+def budget():
+    """Yield what is counted, how much there is, and how much there may be."""
+    files = project_files()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    code = {path: lines_of_code((ROOT / path).read_text()) for path in python_files("gradaccum")}
+    yield "visible entries in the root", len({path.parts[0] for path in files if path.parts[0][0] != "."}), 14
+    yield (
+        "lines of code in gradaccum/ without exercises/",
+        sum(n for path, n in code.items() if path.parts[1] != "exercises"),
+        1500,
+    )
+    for path, lines in code.items():
+        if path.name in ("accumulation.py", "gradients.py"):
+            yield f"lines of code in {path}", lines, 120
+        elif path.parts[1] == "memory":
+            yield f"lines of code in {path}", lines, 200
+    others = [path for path in python_files() if not is_notebook_source(path)]
+    yield "lines of Python, no notebook source", sum(len(text_of(path).splitlines()) for path in others), 6000
+    lessons = project["optional-dependencies"]["lessons"]
+    yield "direct dependencies of a learner", len([*project["dependencies"], *lessons]), 8
+    yield "bytes in all", sum((ROOT / path).stat().st_size for path in files), 10_000_000
+
+
+def test_budget():
+    counted = list(budget())
+    print("", *(f"{amount:>10,} of {most:>10,}  {what}" for what, amount, most in counted), sep="\n")
+    assert all(amount > 0 for _, amount, _ in counted), "something was not counted at all"
+    assert len(counted) >= 8, "accumulation.py, gradients.py and memory/ were not all seen"
+    assert {what: amount for what, amount, most in counted if amount > most} == {}
+
+
+# ------------------------------------------------------------------------------------------- documents and links
+
+
+def anchor(heading, notebook):
+    """The name a heading is linked by: in JupyterLab its words joined by hyphens, on a Markdown page lower-case too."""
+    plain = re.sub(r"[`*]|\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip()
+    return plain.replace(" ", "-") if notebook else re.sub(r"[^\w -]", "", plain.lower()).replace(" ", "-")
+
+
+def markdown_of(path):
+    """The Markdown of a document, of a made notebook's source, or None."""
+    if path.suffix == ".ipynb":
+        path = path.parent / "source" / f"{path.stem}.py"
+    if path.suffix == ".py":
+        cells = jupytext.read(ROOT / path, fmt="py:percent").cells
+        return "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    return text_of(path)
+
+
+def broken_links(path, text):
+    """Yield what is wrong with each link and picture of a page that lies at `path`."""
+    prose = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.S)
+    targets = re.findall(r"\]\(\s*<?([^)\s>]+)", prose) + re.findall(r"\b(?:src|href)=[\"']([^\"']+)", prose)
+    targets += re.findall(r"<(https?://[^>\s]+)>", prose) + re.findall(r"^\[[^\]]+\]:\s*(\S+)", prose, re.M)
+    for target in targets:
+        file, _, heading = target.partition("#")
+        if "://" in target or target.startswith(("mailto:", "//")):
+            if not target.startswith("https://"):
+                yield f"{target}: not https"
+            elif "gradaccum" in target.lower():
+                yield f"{target}: link within the repository by a relative path"
+            continue
+        page = (path.parent / file) if file else path
+        there = Path(os.path.normpath(page))
+        if file and not (ROOT / there).exists():
+            yield f"{target}: no such file"
+        elif there.parts[0] == "..":
+            yield f"{target}: outside the repository"
+        elif heading and there.suffix in (".md", ".ipynb"):
+            headings = re.findall(r"^#+ +(.+)$", markdown_of(there) if file else text, re.M)
+            if heading not in [anchor(found, there.suffix == ".ipynb") for found in headings]:
+                yield f"{target}: no such heading"
+
+
+def pages():
+    documents = [Path(name) for name in DOCUMENTS if (ROOT / name).exists()]
+    made = [Path("notebooks") / f"{path.stem}.ipynb" for path in python_files() if is_notebook_source(path)]
+    return documents + made
+
+
+@pytest.mark.parametrize("page", pages(), ids=str)
+def test_links_resolve(page):
+    assert list(broken_links(page, markdown_of(page))) == []
+
+
+def test_a_broken_link_is_noticed():
+    text = """# A title
+    [here](#A-title) [file](../pyproject.toml) [site](https://docs.pytorch.org) `[code](none)`
+    [no](none.md) [no](#a-title) <img src="no.png"> [no](http://pytorch.org) [no](https://example.org/me/gradaccum)
+    [no](../../elsewhere) <http://pytorch.org>"""
+    found = [problem.split(":")[-1] for problem in broken_links(Path("notebooks/x.ipynb"), text)]
+    assert sorted(found) == sorted(
+        [" no such file"] * 3
+        + [" no such heading"]
+        + [" not https"] * 2
+        + [" link within the repository by a relative path"]
+    )
+
+
+def test_no_file_names_a_machine_or_a_registry():
+    # Written so that the patterns do not find themselves here.
+    machine = r"(?<![\w.~-])/(?:work|root|tmp|home|Users|mnt)/[\w.]|\b[A-Z]:\\{1,2}Users\b"
+    registry = (
+        r"\b(?:pypi\.org|pythonhosted\.org|anaconda\.org|download\.pytorch\.org|npmjs\.org)|https?://\S+/simple\b"
+    )
+    texts = {path: text_of(path) for path in project_files()}
+    found = [
+        f"{path}:{number}: {match[0]}"
+        for path, text in texts.items()
+        for number, line in enumerate((text or "").splitlines(), start=1)
+        if '"image/png"' not in line  # encoded, and any word can stand in it
+        for match in re.finditer(f"{machine}|{registry}", line)
+    ]
+    assert len(texts) > 10
+    assert found == []
+
+
+# ---------------------------------------------------------------------------------------------------- the module
+
+
+def public_functions():
+    """Find each public function of the module and its docstring, by name, reading and not importing."""
+    for path in python_files("gradaccum"):
+        module = ".".join(path.relative_to("gradaccum").with_suffix("").parts)
+        for node in ast.parse((ROOT / path).read_text()).body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                yield f"{module}.{node.name}", ast.get_docstring(node) or ""
+
+
+def test_public_functions_have_an_example_that_runs():
+    functions = dict(public_functions())
+    assert {"accumulation.accumulate", "accumulation.windows", "gradients.relative_error"} <= set(functions)
+    examples = doctest.DocTestParser()
+    without = {
+        name
+        for name, docstring in functions.items()
+        if "Example" not in docstring or not examples.get_examples(docstring.partition("Example")[2])
+    }
+    assert without == set(WITHOUT_EXAMPLE)
+
+
+def test_importing_the_module_imports_torch_and_nothing_else_that_is_slow():
+    script = "import sys, torch; before = set(sys.modules); import gradaccum; print(*set(sys.modules) - before)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    imported = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "gradaccum" in imported
+    assert imported - set(sys.stdlib_module_names) - {"torch"} == {"gradaccum"}
+    assert not {"gradaccum.plots", "gradaccum.widgets"} & set(done.stdout.split())
+
+
+@pytest.mark.slow
+def test_a_wheel_can_be_installed_elsewhere_and_imported(tmp_path):
+    def pip(*arguments):
+        command = [sys.executable, "-m", "pip", "--quiet", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+
+    pip("wheel", "--no-deps", "--wheel-dir", tmp_path, ROOT)
+    (wheel,) = tmp_path.glob("gradaccum-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    version = wheel.name.split("-")[1]
+    assert {name.split("/")[0] for name in names} == {"gradaccum", f"gradaccum-{version}.dist-info"}
+    code = {str(path) for path in project_files() if path.is_relative_to("gradaccum")}
+    assert {name for name in names if name.startswith("gradaccum/")} == code
+    assert "gradaccum/py.typed" in names
+    assert not [name for name in names if name.endswith(".ipynb")]
+    elsewhere = tmp_path / "elsewhere"
+    pip("install", "--no-deps", "--target", elsewhere, wheel)
+    script = "import gradaccum; print(gradaccum.__file__, len(list(gradaccum.windows([1, 2, 3], 2))))"
+    environment = os.environ | {"PYTHONPATH": str(elsewhere)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [str(elsewhere / "gradaccum" / "__init__.py"), "2"]

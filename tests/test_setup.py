@@ -1,0 +1,329 @@
+"""make.py, and the files that set the tutorial up: the pure parts quickly, whole set-ups where marked slow."""
+
+import http.client
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+LESSON = "notebooks/00_start_here.ipynb"
+STARTER = sys._base_executable  # the Python below this one's .venv, as a user has it: no public name tells it
+HIDDEN = shutil.ignore_patterns(".*", "__pycache__")  # what a fresh clone has not, .venv above all
+posix = pytest.mark.skipif(os.name == "nt", reason="a script for bash, or a signal that Windows has not")
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """make.py as a module, loaded from a copy of its own, so that nothing it does reaches the real .venv."""
+    for name in ("make.py", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    spec = importlib.util.spec_from_file_location("make_under_test", tmp_path / "make.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert tmp_path.resolve() == module.ROOT
+    monkeypatch.chdir(tmp_path)  # make.py goes there too; this brings the tests back
+    return module
+
+
+def fake_package(site, name, version, *requires):
+    """Lay a package into a folder that has metadata like a real one and cannot be imported."""
+    entry = site / f"{name}-{version}.dist-info"
+    for folder in (site / name, entry):
+        folder.mkdir(parents=True)
+    (site / name / "__init__.py").write_text("raise SystemExit('imported')\n")
+    lines = [
+        "Metadata-Version: 2.1",
+        f"Name: {name}",
+        f"Version: {version}",
+        *(f"Requires-Dist: {r}" for r in requires),
+    ]
+    (entry / "METADATA").write_text("\n".join(lines) + "\n")
+
+
+def shown(*command, **options):
+    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, **options)
+
+
+def test_is_enough(make):
+    enough = ["2.11.0", "2.11", "2.13.0+cpu", "2.12.0+abcdef", "2.12.0a0+git1", "3.0.1"]
+    too_old = ["2.11.0a0+git1", "2.11.0rc1", "2.9.1", "1.13.1"]
+    assert [version for version in enough + too_old if make.is_enough(version, "2.11")] == enough
+
+
+def test_a_torch_of_the_starting_python_is_taken_if_it_is_new_and_not_our_own(make, tmp_path):
+    for site, version in ((tmp_path / "new", "2.12.0"), (tmp_path / "old", "2.10.0"), (make.SITE, "2.12.0")):
+        fake_package(site, "torch", version)
+    assert make.starting_torch([str(tmp_path), str(tmp_path / "new")]) == ("2.12.0", str(tmp_path / "new"))
+    for place in (tmp_path / "old", make.SITE, tmp_path):
+        assert make.starting_torch([str(place)]) is None
+
+
+def pretend(make, monkeypatch, works, nvidia_smi, platform):
+    """Let an attempt succeed if it contains the words `works`; return the list that will tell what was tried."""
+    tried = []
+    monkeypatch.setattr(make, "attempt", lambda words, silent=False: tried.append(words) or works in " ".join(words))
+    monkeypatch.setattr(make.subprocess, "getoutput", lambda command: nvidia_smi)
+    monkeypatch.setattr(make.sys, "platform", platform)
+    return tried
+
+
+def test_where_torch_comes_from(make, monkeypatch):
+    for works, cuda, nvidia_smi, platform, attempts, last in (
+        ("--no-index", False, "not found", "linux", 1, "pip install -qq --no-index --no-deps"),
+        ("uv", False, "not found", "linux", 3, "--torch-backend auto"),
+        ("-qq torch", True, "not found", "linux", 3, "pip install -qq"),
+        ("-qq torch", False, "GPU 0: NVIDIA H200", "linux", 3, "pip install -qq"),
+        ("-qq torch", False, "not found", "darwin", 3, "pip install -qq"),
+    ):
+        tried = pretend(make, monkeypatch, works, nvidia_smi, platform)
+        make.install_torch(cuda)
+        assert len(tried) == attempts
+        assert " ".join(tried[-1]).endswith(f"{last} torch=={make.pinned_torch()}")
+
+
+def test_a_cuda_build_is_refused_without_a_gpu(make, monkeypatch):
+    tried = pretend(make, monkeypatch, "-qq torch", "No devices were found", "linux")
+    with pytest.raises(SystemExit, match=r"No CPU build of torch .* --cuda"):
+        make.install_torch(cuda=False)
+    fake_package(make.SITE, "torch", f"{make.pinned_torch()}+cu130", "nvidia-nccl-cu13==2.30")
+    with pytest.raises(SystemExit, match="is a CUDA build"):
+        make.install_torch(cuda=False)
+    make.install_torch(cuda=True)
+    assert len(tried) == 2  # of the first: once the right version is there, nothing is installed
+
+
+def test_the_stamp_changes_with_everything_that_decides_what_is_installed(make, monkeypatch):
+    seen = [make.fingerprint(*of) for of in (("lessons", None), ("dev", None), ("lessons", ("2.12.0", "/x")))]
+    for name in ("pyproject.toml", "constraints.txt", "make.py"):
+        (make.ROOT / name).write_text("changed")
+        seen.append(make.fingerprint("lessons", None))
+    monkeypatch.setattr(sys, "version_info", (3, 99, 0))
+    seen.append(make.fingerprint("lessons", None))
+    assert len(set(seen)) == 7
+
+
+@pytest.fixture
+def steps(make, monkeypatch):
+    """Note the last word of every program a set-up would start; the starting Python holds a torch."""
+    noted = []
+
+    def run(command, **options):
+        noted.append(Path(command[-1]).name)
+        assert not make.STAMP.exists()
+        assert not (make.SITE / "gradaccum_torch.pth").exists()  # pip must not see the starting Python's packages
+        return subprocess.CompletedProcess(command, returncode=int(noted[-1] == ".[dev,peers]"))
+
+    for folder in (make.SITE, make.PYTHON.parent):
+        folder.mkdir(parents=True)
+    make.PYTHON.touch()
+    monkeypatch.setattr(make.subprocess, "run", run)
+    monkeypatch.setattr(make, "starting_torch", lambda path: ("2.12.0", "/a folder/é"))
+    return noted
+
+
+def test_a_set_up_does_only_what_is_needed(make, steps, monkeypatch):
+    for extra in ("lessons", "lessons", "dev", "lessons"):  # the second finds all done, and dev serves lessons too
+        make.set_up(extra)
+    assert steps == [".venv", ".[lessons]", ".[dev]"]
+    with pytest.raises(SystemExit, match="Installing failed"):
+        make.set_up("dev,peers")
+    make.set_up("lessons")
+    assert steps[4:] == [".venv", ".[lessons]"]  # no stamp was left, and a half-made .venv is not trusted
+    monkeypatch.setattr(make, "starting_torch", lambda path: ("2.12.1", "/b"))
+    make.set_up("lessons")
+    assert steps[6:] == [".venv", ".[lessons]"]  # another torch means another .venv
+
+
+def test_a_borrowed_torch_is_on_the_path_and_pip_is_told_to_keep_it(make, steps):
+    make.set_up("lessons")
+    line = (make.SITE / "gradaccum_torch.pth").read_text("ascii")
+    assert line == "import sys; sys.path.append('/a folder/\\xe9')\n"
+    assert "\ntorch==2.12.0\n" in (make.VENV / "constraints.txt").read_text("utf-8")
+    assert make.torch_on([str(make.SITE)]).requires is None  # else pip would fetch them
+
+
+def test_children_get_nothing_that_leads_out_of_the_venv(make, tmp_path, monkeypatch):
+    for name in ("PYTHONPATH", "PYTHONHOME", "PIP_TARGET"):
+        monkeypatch.setenv(name, "/elsewhere")
+    monkeypatch.setenv("JUPYTER_CONFIG_PATH", "/theirs")
+    monkeypatch.delenv("IPYTHONDIR", raising=False)
+    monkeypatch.setattr(make.Path, "home", lambda: tmp_path / "missing")
+    env = make.child_environment()
+    assert "/elsewhere" not in env.values()
+    assert env["PIP_USER"] == "0"
+    assert env["PATH"].startswith(str(make.PYTHON.parent) + os.pathsep)
+    assert env["JUPYTER_CONFIG_PATH"] == os.pathsep.join([str(make.ROOT / "binder" / "jupyter"), "/theirs"])
+    assert Path(env["IPYTHONDIR"]).is_relative_to(make.VENV)  # a home that cannot be written is not needed
+
+
+def test_an_older_python_is_refused_in_one_sentence():
+    older = "import sys; sys.version_info, sys.version = (3, 10, 4), '3.10.4 (main)'; import make"
+    told = shown(sys.executable, "-B", "-c", older, cwd=ROOT).stderr
+    assert told == "Python 3.10.4 is too old: start make.py with Python 3.11 or newer.\n"
+
+
+def test_lab_refuses_what_cannot_be_before_it_installs(make, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for number, told in ((port, "is in use: choose another"), (70000, "does not exist")):
+            with pytest.raises(SystemExit, match=f"^Port {number} {told}"):
+                make.main(["lab", "--port", str(number)])
+    with pytest.raises(SystemExit, match="2"):
+        make.main(["lab", "--prot", "9999"])
+    assert "`lab` does not know --prot 9999" in capsys.readouterr().err
+    assert not make.VENV.exists()
+
+
+def test_each_command_sets_up_what_it_needs_and_hands_over_the_rest(make, monkeypatch, capsys):
+    noted = []
+    monkeypatch.setattr(make, "set_up", lambda extra, cuda: noted.append((extra, cuda)))
+    monkeypatch.setattr(make, "become", lambda arguments, **variables: noted.append(" ".join(arguments)) or 7)
+    for command in ("test", "test-all", "notebooks", "benchmarks"):
+        assert make.main([command, "-k", "x", "--cuda"]) == 7
+    assert noted[0::2] == [("dev", True)] * 3 + [("dev,peers", True)]
+    assert noted[1] == "-m pytest -n 2 --dist loadfile -m not slow --durations=20 -k x"
+    assert noted[3] == "-m pytest -n 2 --dist loadfile --durations=20 -k x"
+    assert noted[5::2] == ["notebooks/source/build.py -k x", "benchmarks/run.py -k x"]
+    monkeypatch.setattr(make.sys, "platform", "linux")
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    for screen, wish in (("", []), (":0", ["--no-browser"]), (":0", [])):
+        monkeypatch.setenv("DISPLAY", screen)
+        assert make.main(["lab", *wish]) == 7
+    assert noted[8::2] == [("lessons", False)] * 3
+    assert ["--no-browser" in program for program in noted[9::2]] == [True, True, False]
+    assert make.main([]) == 0
+    told = capsys.readouterr().out
+    assert all(f"  {name} " in told for name in make.COMMANDS)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
+def test_the_makefile_names_every_command_in_one_line(make):
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    for command in make.COMMANDS:
+        arguments = ["--no-print-directory", "-n", command, "PORT=9999", "PYTHON=python3.12", "ARGS=-x"]
+        port = "--port 9999 " if command == "lab" else ""
+        assert shown("make", *arguments, cwd=ROOT, env=env).stdout == f"python3.12 make.py {command} {port}-x\n"
+
+
+def test_the_made_files_say_what_pyproject_says_and_name_no_place(make):
+    assert (ROOT / "environment.yml").read_text("utf-8") == make.environment_text()
+    assert (ROOT / "binder" / "environment.yml").readlink() == Path("../environment.yml")
+    wanted = [re.match(r"[\w-]+", text)[0] for text in PROJECT["optional-dependencies"]["lessons"]]
+    assert re.findall(r"(?m)^  - ([\w-]+)", make.environment_text()) == ["python", "pip", "pytorch", *wanted]
+    assert PROJECT["requires-python"] == ">=" + ".".join(map(str, make.OLDEST))
+    constraints = (ROOT / "constraints.txt").read_text("utf-8")
+    for requirement in sum(PROJECT["optional-dependencies"].values(), PROJECT["dependencies"]):
+        name = re.match(r"[\w-]+", requirement)[0]
+        assert len(re.findall(rf"(?m)^{name}==\d", constraints)) == 1 or name == "gradaccum"
+    assert not re.search(r"/|@|--|nvidia-|cuda-", constraints)
+
+
+@posix
+def test_binder_installs_the_package_refuses_a_cuda_build_and_starts_with_one_thread(tmp_path):
+    (tmp_path / "pip").write_text("#!/bin/sh\necho pip $*\n")
+    (tmp_path / "pip").chmod(0o755)
+    (tmp_path / "python").symlink_to(sys.executable)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    for cuda, told in ((None, ""), ("13.0", "torch 9 is a CUDA build")):
+        (tmp_path / "torch.py").write_text(f"__version__ = '9'\nclass version: cuda = {cuda!r}\n")
+        built = shown(ROOT / "binder" / "postBuild", cwd=ROOT, env=env)
+        assert built.stdout == "pip install --no-cache-dir --no-deps -e .\n"
+        assert (built.returncode == 0) is (cuda is None)
+        assert told in built.stderr
+    program = "import os; print(os.environ['OMP_NUM_THREADS'], os.environ['JUPYTER_CONFIG_PATH'])"
+    started = shown(ROOT / "binder" / "start", sys.executable, "-c", program, cwd=tmp_path)
+    assert started.stdout.split(":")[0].strip() == f"1 {ROOT / 'binder' / 'jupyter'}"
+
+
+@contextmanager
+def lab(folder, log, seconds, end):
+    """Run `make.py lab`, which must answer within `seconds`; yield a way to ask it; stop it by the signal `end`."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [STARTER, folder / "make.py", "lab", "--port", str(port), "--no-browser"]
+    env = os.environ | {"JUPYTER_TOKEN": "secret"}
+    begin = time.perf_counter()
+    with log.open("wb") as out:
+        process = psutil.Popen(command, cwd=log.parent, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+
+    def ask(method, path):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request(method, path, headers={"Authorization": "token secret"})
+        return connection.getresponse()
+
+    try:
+        while f"http://127.0.0.1:{port}/lab/tree/{LESSON}" not in log.read_text("utf-8"):
+            assert process.poll() is None, log.read_text("utf-8")
+            assert time.perf_counter() - begin < seconds, log.read_text("utf-8")
+            time.sleep(0.2)
+        assert ask("GET", "/api").status == 200
+        print(f"from the command to an answer: {time.perf_counter() - begin:.1f} s")
+        yield process, ask
+    finally:
+        family = process.children(recursive=True)
+        process.send_signal(end)
+    assert process.wait(60) == 0
+    assert psutil.wait_procs(family, timeout=10)[1] == []
+    assert "Traceback" not in log.read_text("utf-8")
+
+
+@posix
+@pytest.mark.slow
+def test_a_fresh_clone_starts_then_starts_again_in_seconds_then_takes_the_tests(tmp_path):
+    folder = shutil.copytree(ROOT, tmp_path / "a clone, é", symlinks=True, ignore=HIDDEN)
+    with lab(folder, tmp_path / "cold.log", 900, signal.SIGINT) as (process, ask):
+        assert ask("GET", "/").getheader("Location").startswith(f"/lab/tree/{LESSON}")
+        for path in (LESSON, "gradaccum"):  # the root is the repository
+            assert ask("GET", f"/api/contents/{path}?content=0").status == 200
+        news = json.load(ask("GET", "/lab/api/settings/@jupyterlab/apputils-extension:notification"))
+        assert news["schema"]["properties"]["fetchNews"]["default"] == "false"
+        assert ask("POST", "/api/kernels").status == 201
+        family = [process, *process.children(recursive=True)]
+        listening = [c.laddr.ip for p in family for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+        assert set(listening) == {"127.0.0.1"}
+    site = next(folder.glob(".venv/lib/python*/site-packages"))
+    assert not [entry.name for entry in site.iterdir() if entry.name.startswith(("nvidia", "cuda_", "triton"))]
+    before = site.stat().st_mtime_ns
+    with lab(folder, tmp_path / "warm.log", 20, signal.SIGTERM):
+        pass
+    assert site.stat().st_mtime_ns == before
+    assert "Installing" not in (tmp_path / "warm.log").read_text("utf-8")
+    tests = shown(STARTER, folder / "make.py", "test", "--collect-only", "-q", "tests/test_setup.py", cwd=tmp_path)
+    assert "test_is_enough" in tests.stdout, tests.stderr
+
+
+@posix
+@pytest.mark.slow
+def test_a_torch_that_the_starting_python_has_is_used_and_not_replaced(tmp_path):
+    folder = shutil.copytree(ROOT, tmp_path / "clone", symlinks=True, ignore=HIDDEN)
+    starter = folder / ".venv-of-mine"  # a name that begins like .venv, which pip could take for its own
+    subprocess.run([STARTER, "-m", "venv", starter], check=True)
+    theirs = next(starter.glob("lib/python*/site-packages"))
+    fake_package(theirs, "torch", "2.12.0", "nvidia-nccl-cu13==2.30", "no-such-package-anywhere==1")
+    fake_package(theirs, "tqdm", "4.5.0")  # older than the constraints: must be neither used nor removed
+    before = sorted(theirs.rglob("[!_]*"))
+    command = [starter / "bin" / "python", "-c", "import make; make.set_up('lessons')"]
+    shown(*command, check=True, cwd=folder)
+    python = folder / ".venv" / "bin" / "python"
+    ask = "import importlib.util as i; print(i.find_spec('torch').origin, i.find_spec('tqdm').origin)"
+    torch, tqdm = shown(python, "-c", ask, check=True, cwd=tmp_path).stdout.split()
+    assert torch == str(theirs / "torch" / "__init__.py")
+    assert tqdm.startswith(str(folder / ".venv") + os.sep)
+    assert "satisfied: torch" in shown(python, "-m", "pip", "install", "--no-index", "torch==2.12.0").stdout
+    assert shown(python, "-m", "pip", "uninstall", "-y", "torch").returncode != 0
+    assert sorted(theirs.rglob("[!_]*")) == before
+    assert shown(*command, check=True, cwd=folder).stdout == ""  # the second set-up finds all done
