@@ -53,15 +53,19 @@ NAME_RANGES = (
 )
 
 
-def character_names() -> list[str]:
+def character_names(length: int | None = None) -> list[str]:
     """List the names of 4,765 Unicode characters, 2 to 78 characters long, in the order of their code points.
+
+    Args:
+        length: keeps the names of exactly this many characters: 256 of them for 18.
 
     Example:
         >>> names = character_names()
-        >>> len(names), min(names, key=len), names[65]
-        (4765, 'OX', 'LATIN SMALL LETTER A')
+        >>> len(names), min(names, key=len), names[65], len(character_names(length=18))
+        (4765, 'OX', 'LATIN SMALL LETTER A', 256)
     """
-    return [unicodedata.name(chr(point)) for first, last in NAME_RANGES for point in range(first, last + 1)]
+    names = [unicodedata.name(chr(point)) for first, last in NAME_RANGES for point in range(first, last + 1)]
+    return [name for name in names if length in (None, len(name))]
 
 
 def text_lines(path: str | Path) -> list[str]:

@@ -100,7 +100,7 @@ def explore(view: Callable[..., tuple[Figure, str]], **controls: Sequence[Any]) 
     boxes = {name: _control(name, values, start[name]) for name, values in controls.items()}
     back = ipywidgets.Button(description="Back to the start", tooltip="Set every control to where it began")
     sentence = ipywidgets.HTML()
-    picture = ipywidgets.Image(format="png", layout=ipywidgets.Layout(max_width="100%"))
+    picture = ipywidgets.Image(format="png", layout=ipywidgets.Layout(max_width="100%", align_self="flex-start"))
 
     def draw(_: object = None) -> None:
         figure, text = view(**{name: box.value for name, box in boxes.items()})
@@ -147,7 +147,7 @@ class _Shown(io.StringIO):
 
 def _control(name: str, values: Sequence[Any], start: Any) -> Any:
     options = [(str(value), value) for value in values]
-    style, layout = {"description_width": "initial"}, ipywidgets.Layout(width="420px")
+    style, layout = {"description_width": "150px"}, ipywidgets.Layout(width="480px")
     numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
     kind = ipywidgets.SelectionSlider if numbers else ipywidgets.Dropdown
     return kind(options=options, value=start, description=name.replace("_", " "), style=style, layout=layout)

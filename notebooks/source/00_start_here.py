@@ -24,7 +24,7 @@ model = models.embedding_linear(len(characters), width=32)
 
 
 def gradient(micro_batches):
-    """The gradient as most tutorials accumulate it: each mean loss divided by their number."""
+    """The gradient as most tutorials do it: each mean loss over their number."""
     model.zero_grad()
     for lines in micro_batches:
         inputs, targets = characters.batch(lines)
@@ -37,9 +37,7 @@ def gradient(micro_batches):
 one_batch = gradient([sentences])
 one_by_one = gradient([[sentence] for sentence in sentences])
 apart = gradaccum.relative_error(one_by_one, one_batch)
-print(
-    f"The same four sentences cut in two ways: the gradients are {100 * apart:.0f} % apart."
-)
+print(f"The same sentences, cut in two ways: {100 * apart:.0f} % apart.")
 assert apart > 1.5
 
 # %% surprise-why [markdown]
@@ -52,7 +50,8 @@ assert apart > 1.5
 def loss_sum(lines):
     """The sum of the losses of some sentences."""
     inputs, targets = characters.batch(lines)
-    return cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="sum")
+    logits = model(inputs).flatten(0, 1)
+    return cross_entropy(logits, targets.flatten(), reduction="sum")
 
 
 def count(lines):
@@ -61,13 +60,11 @@ def count(lines):
 
 
 model.zero_grad()
-for window in gradaccum.windows(
-    [[sentence] for sentence in sentences], accumulation_steps=4
-):
+micro_batches = [[sentence] for sentence in sentences]
+for window in gradaccum.windows(micro_batches, accumulation_steps=4):
     gradaccum.accumulate(model, window, loss_sum, count)
-right = gradaccum.relative_error(
-    [parameter.grad for parameter in model.parameters()], one_batch
-)
+gradients = [parameter.grad for parameter in model.parameters()]
+right = gradaccum.relative_error(gradients, one_batch)
 print(f"Counted first, then divided: {100 * right:.0f} % apart.")
 assert right < 1e-5
 
@@ -104,13 +101,14 @@ assert right < 1e-5
 
 # %% how-guess tags=["nbval-ignore-output", "widget"]
 share_guess = widgets.predict(
-    "Of all the letters and ends in the four sentences, how many percent belong to the longest?"
+    "How many percent of all letters and ends belong to the longest sentence?"
 )
 
 # %% how-run
 share = (len(sentences[3]) + 1) / sum(len(sentence) + 1 for sentence in sentences)
 share_guess.reveal(
-    f"{100 * share:.0f} %", "of the targets; the textbook loop gives it 25 % of the weight"
+    f"{100 * share:.0f} %",
+    "of the targets; the textbook loop gives it 25 % of the weight",
 )
 
 # %% how-more [markdown]
@@ -126,9 +124,7 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-print(
-    f"Python {platform.python_version()}, {os.cpu_count()} cores, torch on {torch.get_num_threads()} threads"
-)
+print(f"Python {platform.python_version()}, {os.cpu_count()} cores")
 needed = {
     "torch": "nothing runs without it",
     "jupyterlab": "it shows the lessons; another notebook editor will do",
@@ -141,13 +137,9 @@ for package, why in needed.items():
     try:
         print(f"  {package} {version(package)}")
     except PackageNotFoundError:
-        print(
-            f"  {package} is missing ({why}): install it with `pip install {package}`, restart the kernel"
-        )
+        print(f"  {package} is missing ({why}): pip install {package}")
 if torch.accelerator.is_available():
-    print(
-        f"accelerator: {torch.accelerator.current_accelerator()}; lessons 1 to 5 do not need it"
-    )
+    print(f"accelerator: {torch.accelerator.current_accelerator()}, not needed yet")
 else:
     print("accelerator: none, and lessons 1 to 5 do not need one")
 

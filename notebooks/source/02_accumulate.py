@@ -49,9 +49,9 @@ assert weight.grad.item() == 6
 # The micro-batches hold 8 names each, and the step comes after every fourth.
 
 # %% delay-run
-names = data.shuffled([name for name in data.character_names() if len(name) == 18], seed=0)
+names = data.shuffled(data.character_names(length=18), seed=0)
 characters = data.Characters(names)
-micro_batches = [characters.batch(names[start : start + 8]) for start in range(0, 256, 8)]
+micro_batches = [characters.batch(names[i : i + 8]) for i in range(0, 256, 8)]
 accumulation_steps = 4
 
 torch.manual_seed(0)
@@ -75,7 +75,7 @@ assert updates == 8
 
 # %% factor-guess tags=["nbval-ignore-output", "widget"]
 factor_guess = widgets.predict(
-    "After four micro-batches, how many times the gradient of the one batch of 32 is in .grad?"
+    "How many times the gradient of the one batch of 32 is now in .grad?"
 )
 
 # %% factor-run
@@ -95,9 +95,7 @@ factor_guess.reveal(f"{factor:.5f}", "times the gradient of the one batch")
 
 # %% factor-check
 error = relative_error(delayed, full)
-print(
-    f"distance from the full batch's gradient, relative to its length: {100 * error:.0f} %"
-)
+print(f"distance from the full batch's gradient: {100 * error:.0f} %")
 assert abs(factor - 4) < 1e-5
 assert relative_error(delayed, [4 * gradient for gradient in full]) < 1e-6
 
@@ -117,13 +115,13 @@ assert relative_error(delayed, [4 * gradient for gradient in full]) < 1e-6
 # With a rate that suits the batch of 32, watch both.
 
 # %% astray-run
-names = data.shuffled([name for name in data.character_names() if len(name) == 18], seed=0)
+names = data.shuffled(data.character_names(length=18), seed=0)
 characters = data.Characters(names)
 everything = characters.batch(names)
 
 
 def losses_of(accumulation_steps, micro_batch_size):
-    """The loss over all 256 names after each update of SGD, three times through the names."""
+    """The loss over all names after each update of SGD, for three epochs."""
     torch.manual_seed(0)
     model = models.embedding_linear(len(characters), width=32)
     optimizer = torch.optim.SGD(model.parameters(), lr=4.0)
@@ -144,7 +142,12 @@ whole, delayed = losses_of(1, micro_batch_size=32), losses_of(4, micro_batch_siz
 figure, (axis,) = plots.panels(["Same names, same learning rate"])
 series = {"one batch of 32": whole, "4 micro-batches of 8, delayed": delayed}
 plots.lines(
-    axis, range(1, 25), series, log="y", xlabel="update", ylabel="loss over all names, nats"
+    axis,
+    range(1, 25),
+    series,
+    log="y",
+    xlabel="update",
+    ylabel="loss over all names, nats",
 )
 print(f"after 24 updates: {whole[-1]:.1f} with one batch of 32")
 print(f"with the delayed step above 1,000: {delayed[-1] > 1000}")
@@ -160,7 +163,7 @@ figure
 # We delete each loss, look where `.grad` lies in memory, and count its bytes.
 
 # %% where-run
-names = data.shuffled([name for name in data.character_names() if len(name) == 18], seed=0)
+names = data.shuffled(data.character_names(length=18), seed=0)
 characters = data.Characters(names)
 torch.manual_seed(0)
 model = models.embedding_linear(len(characters), width=32)
@@ -203,7 +206,9 @@ def peak_of(accumulation_steps, rows=64):
     model = models.embedding_linear(vocabulary=1000, width=128)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     size = rows // accumulation_steps
-    micro_batches = list(data.random_tokens(batches=accumulation_steps, batch_size=size))
+    micro_batches = list(
+        data.random_tokens(batches=accumulation_steps, batch_size=size)
+    )
     with memory.measure_memory(model, optimizer, micro_batches) as measured:
         for inputs, targets in micro_batches:
             cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).backward()

@@ -30,9 +30,9 @@ print(f"torch {torch.__version__}, running on the CPU")
 # How many updates will that be?
 
 # %% never-run
-names = data.shuffled([name for name in data.character_names() if len(name) == 18], seed=0)
+names = data.shuffled(data.character_names(length=18), seed=0)
 characters = data.Characters(names)
-micro_batches = [characters.batch(names[start : start + 8]) for start in (0, 8, 16)]
+micro_batches = [characters.batch(names[i : i + 8]) for i in (0, 8, 16)]
 accumulation_steps = 4
 
 torch.manual_seed(0)
@@ -49,9 +49,8 @@ for _epoch in range(10):
             optimizer.step()
             optimizer.zero_grad()
             updates += 1
-print(
-    f"30 micro-batches, {updates} updates; weights as before: {torch.equal(before, model[0].weight)}"
-)
+unchanged = torch.equal(before, model[0].weight)
+print(f"30 micro-batches, {updates} updates; weights unchanged: {unchanged}")
 assert updates == 0
 
 # %% never-why [markdown]
@@ -69,7 +68,7 @@ numbers = range(1, 8)
 
 
 def groups_of(is_update, stream=numbers):
-    """Group the micro-batches by where a loop steps; what is never stepped is negative."""
+    """The micro-batches of each step; those that are never stepped, negative."""
     groups, group = [], []
     for step, number in enumerate(stream):
         group.append(number)
@@ -87,7 +86,9 @@ loops = {
 for name, groups in loops.items():
     print(f"{name:22} {groups}")
 assert loops["step % 3 == 0"] == [[1], [2, 3, 4], [5, 6, 7]]
-figure, (axis,) = plots.panels(["An arrow is an update; a hollow square never gets one"])
+figure, (axis,) = plots.panels(
+    ["An arrow is an update; a hollow square never gets one"]
+)
 figure.set_size_inches(7, 2.4)
 plots.window_strip(axis, loops)
 figure
@@ -99,12 +100,12 @@ figure
 
 # %% edges-guess tags=["nbval-ignore-output", "widget"]
 partial_guess = widgets.predict(
-    "'... or last': the seventh micro-batch is alone in its window, its loss divided by 3. "
+    "'... or last': the seventh micro-batch is alone, its loss divided by 3. "
     "How many times the right gradient does its update use?"
 )
 
 # %% partial-run
-names = data.shuffled([name for name in data.character_names() if len(name) == 18], seed=0)
+names = data.shuffled(data.character_names(length=18), seed=0)
 characters = data.Characters(names)
 torch.manual_seed(0)
 model = models.embedding_linear(len(characters), width=32)
@@ -147,11 +148,11 @@ assert 0.1 < leak < cleared < 1
 # %% once-run
 import warnings
 
-warnings.filterwarnings("ignore", "Detected call of")  # PyTorch warns of this very fault
+warnings.filterwarnings("ignore", "Detected call of")  # torch warns of this fault
 
-names = data.shuffled([name for name in data.character_names() if len(name) == 18], seed=0)
+names = data.shuffled(data.character_names(length=18), seed=0)
 characters = data.Characters(names)
-micro_batches = [characters.batch(names[start : start + 8]) for start in range(0, 256, 8)]
+micro_batches = [characters.batch(names[i : i + 8]) for i in range(0, 256, 8)]
 
 
 def train(inside, accumulation_steps=4, max_norm=0.05):
@@ -163,9 +164,9 @@ def train(inside, accumulation_steps=4, max_norm=0.05):
     first_gradient, rates, shares = None, [], []
     for step, (inputs, targets) in enumerate(micro_batches):
         update = (step + 1) % accumulation_steps == 0
+        logits = model(inputs)
         loss = (
-            cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
-            / accumulation_steps
+            cross_entropy(logits.flatten(0, 1), targets.flatten()) / accumulation_steps
         )
         loss.backward()
         shares.append(loss.item())
@@ -184,21 +185,12 @@ def train(inside, accumulation_steps=4, max_norm=0.05):
 
 right_gradient, right_rates, _ = train(inside=False)
 wrong_gradient, wrong_rates, shares = train(inside=True)
-print(
-    f"clipped inside: {100 * relative_error(wrong_gradient, right_gradient):.0f} % off, same norm"
-)
-print(
-    "learning rate at updates 1 to 8, right: ",
-    " ".join(f"{rate:.2f}" for rate in right_rates),
-)
-print(
-    "learning rate at updates 1 to 8, inside:",
-    " ".join(f"{rate:.2f}" for rate in wrong_rates),
-)
-print(
-    f"loss.item() at the first update: {shares[3]:.1f}; the window's loss: {sum(shares[:4]):.1f}"
-)
-assert relative_error(wrong_gradient, right_gradient) > 0.1
+error = relative_error(wrong_gradient, right_gradient)
+print(f"clipped inside: the gradient is {100 * error:.0f} % off")
+for label, rates in (("right", right_rates), ("inside", wrong_rates)):
+    print(f"learning rates, {label:6}", " ".join(f"{rate:.2f}" for rate in rates))
+print(f"logged: {shares[3]:.1f}; the window's loss: {sum(shares[:4]):.1f}")
+assert error > 0.1
 assert abs(wrong_rates[2] - 0.01) < 1e-6
 
 # %% once-why [markdown]
@@ -214,13 +206,13 @@ assert abs(wrong_rates[2] - 0.01) < 1e-6
 # First cut the stream into windows, then go through each.
 
 # %% inside-out-run
-names = data.shuffled([name for name in data.character_names() if len(name) == 18], seed=0)
+names = data.shuffled(data.character_names(length=18), seed=0)
 characters = data.Characters(names)
-micro_batches = [characters.batch(names[start : start + 8]) for start in range(0, 56, 8)]
+micro_batches = [characters.batch(names[i : i + 8]) for i in range(0, 56, 8)]
 
 
 def windows(micro_batches, accumulation_steps):
-    """Yield lists of up to `accumulation_steps` micro-batches; the last may be shorter."""
+    """Yield lists of `accumulation_steps` micro-batches; the last may be shorter."""
     stream = iter(micro_batches)
     while window := list(islice(stream, accumulation_steps)):
         yield window
@@ -233,7 +225,8 @@ schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=3
 for window in windows(micro_batches, accumulation_steps=3):
     window_loss = 0.0
     for inputs, targets in window:
-        loss = cross_entropy(model(inputs).flatten(0, 1), targets.flatten()) / len(window)
+        logits = model(inputs)
+        loss = cross_entropy(logits.flatten(0, 1), targets.flatten()) / len(window)
         loss.backward()
         window_loss += loss.item()
     nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
@@ -255,20 +248,21 @@ for window in windows(micro_batches, accumulation_steps=3):
 def loss_sum(micro_batch):
     """The sum of a micro-batch's losses."""
     inputs, targets = micro_batch
-    return cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="sum")
+    logits = model(inputs).flatten(0, 1)
+    return cross_entropy(logits, targets.flatten(), reduction="sum")
 
 
 cut = gradaccum.windows(micro_batches, accumulation_steps=3)
 for window in cut:
     model.zero_grad()
     for inputs, targets in window:
-        loss = cross_entropy(model(inputs).flatten(0, 1), targets.flatten()) / len(window)
+        logits = model(inputs)
+        loss = cross_entropy(logits.flatten(0, 1), targets.flatten()) / len(window)
         loss.backward()
     full = full_batch_gradient(model, window, loss_sum, data.count_targets)
-    error = relative_error([parameter.grad for parameter in model.parameters()], full)
-    print(
-        f"window of {len(window)}: equal to its full batch up to rounding: {error < 5e-6}"
-    )
+    gradients = [parameter.grad for parameter in model.parameters()]
+    error = relative_error(gradients, full)
+    print(f"window of {len(window)}: equal up to rounding: {error < 5e-6}")
     assert error < 5e-6
 print(f"{len(cut)} updates, known beforehand")
 assert len(cut) == 3
@@ -287,7 +281,7 @@ rate_guess = widgets.predict(
 )
 
 # %% rate-run
-names = data.shuffled([name for name in data.character_names() if len(name) == 18], seed=0)
+names = data.shuffled(data.character_names(length=18), seed=0)
 characters = data.Characters(names)
 inputs, targets = characters.batch(names)
 
@@ -298,18 +292,16 @@ def losses_of(accumulation_steps, learning_rate, epochs):
     model = models.embedding_linear(len(characters), width=32)
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
     losses = []
-    for window in gradaccum.windows(
-        torch.arange(256).split(8) * epochs, accumulation_steps
-    ):
+    micro_batches = epochs * torch.arange(256).split(8)
+    for window in gradaccum.windows(micro_batches, accumulation_steps):
         for rows in window:
-            loss = cross_entropy(model(inputs[rows]).flatten(0, 1), targets[rows].flatten())
-            (loss / len(window)).backward()
+            logits = model(inputs[rows]).flatten(0, 1)
+            (cross_entropy(logits, targets[rows].flatten()) / len(window)).backward()
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
-            losses.append(
-                cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).item()
-            )
+            logits = model(inputs).flatten(0, 1)
+            losses.append(cross_entropy(logits, targets.flatten()).item())
     return losses
 
 
@@ -321,7 +313,9 @@ rate_guess.reveal(
 )
 
 # %% rate-figure
-figure, (by_samples, by_updates) = plots.panels(["At equal samples", "At equal updates"])
+figure, (by_samples, by_updates) = plots.panels(
+    ["At equal samples", "At equal updates"]
+)
 names_of = {
     "k = 1": small,
     "k = 8, same rate": large,
@@ -367,10 +361,14 @@ for label, batches in (("4 steps on 8 names", 4), ("1 step on the window of 32",
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     start = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
     for rows in torch.arange(32).chunk(batches):
-        cross_entropy(model(inputs[rows]).flatten(0, 1), targets[rows].flatten()).backward()
+        cross_entropy(
+            model(inputs[rows]).flatten(0, 1), targets[rows].flatten()
+        ).backward()
         optimizer.step()
         optimizer.zero_grad()
-    moved[label] = (nn.utils.parameters_to_vector(model.parameters()) - start).norm().item()
+    moved[label] = (
+        (nn.utils.parameters_to_vector(model.parameters()) - start).norm().item()
+    )
     print(f"{label:27} moved the weights by {moved[label]:.1f}")
 assert moved["4 steps on 8 names"] > 2 * moved["1 step on the window of 32"]
 

@@ -229,7 +229,9 @@ def main(names: list[str], act: Callable[[Path], list[str]] = make) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Make the notebooks from their sources.")
+    parser = argparse.ArgumentParser(
+        description="Make the notebooks from their sources."
+    )
     parser.add_argument(
         "names", nargs="*", help="such as 01_naive_loop; all of them if none is named"
     )
