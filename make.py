@@ -245,7 +245,7 @@ def constraints(pins: list[str]) -> None:
 def main(arguments: list[str]) -> int:
     """Carry out what the command line says and return the exit code; problems end it with one sentence."""
     listing = "\n".join(["commands:", *(f"  {name:<12} {text}" for name, text in COMMANDS.items())])
-    parser = argparse.ArgumentParser(prog="python make.py", description=listing, allow_abbrev=False)
+    parser = argparse.ArgumentParser(usage="python make.py COMMAND [options]", description=listing, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("command", nargs="?", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, metavar="N", help="lab: the port; without it, the first free from 8888 on")
@@ -264,8 +264,9 @@ def main(arguments: list[str]) -> int:
     if command in ("test", "test-all", "notebooks", "lint", "benchmarks"):
         set_up("dev,peers" if command == "benchmarks" else "dev", options.cuda)
     if command in ("test", "test-all"):
-        selected = ["-m", "not slow"] if command == "test" else []
-        pytest = ["-m", "pytest", "-n", "2", "--dist", "loadfile", *selected, "--durations=20", *rest]
+        # The slow tests measure time: alone. The order of the files is conftest's: the longest first.
+        quick = ["-m", "not slow", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
+        pytest = ["-m", "pytest", *(quick if command == "test" else []), "--durations=20", *rest]
         return become(pytest, OMP_NUM_THREADS="1")  # two workers share the cores, unless the user says otherwise
     scripts = {"notebooks": "notebooks/source/build.py", "benchmarks": "benchmarks/run.py"}
     if command in scripts:

@@ -223,7 +223,7 @@ def test_shared_frozen_and_unused_parameters():
     embedding, middle, unused, head = nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 7, bias=False)
     head.weight = embedding.weight
     middle.bias.requires_grad_(False)
-    model = nn.ModuleList([embedding, middle, unused, head]).double()
+    model = nn.ModuleList([embedding, unused, head, middle]).double()
     tokens, targets = torch.randint(7, (2, 9))
 
     def loss_sum(batch, reduction="sum"):

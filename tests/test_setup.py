@@ -195,8 +195,8 @@ def test_each_command_sets_up_what_it_needs_and_hands_over_the_rest(make, monkey
     for command in ("test", "test-all", "notebooks", "benchmarks"):
         assert make.main([command, "-k", "x", "--cuda"]) == 7
     assert noted[0::2] == [("dev", True)] * 3 + [("dev,peers", True)]
-    assert noted[1] == "-m pytest -n 2 --dist loadfile -m not slow --durations=20 -k x"
-    assert noted[3] == "-m pytest -n 2 --dist loadfile --durations=20 -k x"
+    assert noted[1] == "-m pytest -m not slow -n 2 --dist loadfile --no-loadscope-reorder --durations=20 -k x"
+    assert noted[3] == "-m pytest --durations=20 -k x"
     assert noted[5::2] == ["notebooks/source/build.py -k x", "benchmarks/run.py -k x"]
     monkeypatch.setattr(make.sys, "platform", "linux")
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
@@ -247,6 +247,7 @@ def test_binder_installs_the_package_refuses_a_cuda_build_and_starts_with_one_th
     program = "import os; print(os.environ['OMP_NUM_THREADS'], os.environ['JUPYTER_CONFIG_PATH'])"
     started = shown(ROOT / "binder" / "start", sys.executable, "-c", program, cwd=tmp_path)
     assert started.stdout.split(":")[0].strip() == f"1 {ROOT / 'binder' / 'jupyter'}"
+    assert '"fetchNews": "false"' in (ROOT / "binder/jupyter/labconfig/default_setting_overrides.json").read_text()
 
 
 @contextmanager
@@ -317,7 +318,7 @@ def test_a_torch_that_the_starting_python_has_is_used_and_not_replaced(tmp_path)
     fake_package(theirs, "tqdm", "4.5.0")  # older than the constraints: must be neither used nor removed
     before = sorted(theirs.rglob("[!_]*"))
     command = [starter / "bin" / "python", "-c", "import make; make.set_up('lessons')"]
-    shown(*command, check=True, cwd=folder)
+    subprocess.run(command, check=True, cwd=folder)
     python = folder / ".venv" / "bin" / "python"
     ask = "import importlib.util as i; print(i.find_spec('torch').origin, i.find_spec('tqdm').origin)"
     torch, tqdm = shown(python, "-c", ask, check=True, cwd=tmp_path).stdout.split()
