@@ -133,7 +133,7 @@ def test_full_batch_gradient_leaves_everything_as_it_was(dtype, training, fails)
     before, results = state(), []
     for _ in range(2):
         with pytest.raises(KeyError, match="mine") if fails else nullcontext():
-            results.append(full_batch_gradient(model, window, loss_sum, len, dtype=dtype))
+            results.append(full_batch_gradient(model, iter(window), loss_sum, len, dtype=dtype))
         assert state() == before
     if not fails:
         without = [name for (name, _), found in zip(model.named_parameters(), results[0], strict=True) if found is None]
