@@ -13,6 +13,7 @@ import gradaccum
 from gradaccum import data, models, widgets
 
 torch.manual_seed(0)
+torch.set_num_threads(1)  # as fast for small models, and never waits for another
 print(f"torch {torch.__version__}, gradaccum {gradaccum.__version__}")
 
 # %% surprise
@@ -105,6 +106,7 @@ share_guess = widgets.predict(
 )
 
 # %% how-run
+sentences = ["OX", "SUN", "CAT", max(data.character_names(), key=len)]
 share = (len(sentences[3]) + 1) / sum(len(sentence) + 1 for sentence in sentences)
 share_guess.reveal(
     f"{100 * share:.0f} %",

@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from gradaccum import data, models, plots, relative_error, widgets
 
 torch.manual_seed(0)
+torch.set_num_threads(1)  # as fast for small models, and never waits for another
 print(f"torch {torch.__version__}, running on the CPU")
 
 # %% line [markdown]

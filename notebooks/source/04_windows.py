@@ -11,8 +11,6 @@
 # 25 minutes. It continues [lesson 3](03_normalize.ipynb).
 
 # %% setup tags=["nbval-ignore-output"]
-from itertools import islice
-
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -21,6 +19,7 @@ import gradaccum
 from gradaccum import data, full_batch_gradient, models, plots, relative_error, widgets
 
 torch.manual_seed(0)
+torch.set_num_threads(1)  # as fast for small models, and never waits for another
 print(f"torch {torch.__version__}, running on the CPU")
 
 # %% never [markdown]
@@ -206,6 +205,8 @@ assert abs(wrong_rates[2] - 0.01) < 1e-6
 # First cut the stream into windows, then go through each.
 
 # %% inside-out-run
+from itertools import islice
+
 names = data.shuffled(data.character_names(length=18), seed=0)
 characters = data.Characters(names)
 micro_batches = [characters.batch(names[i : i + 8]) for i in range(0, 56, 8)]

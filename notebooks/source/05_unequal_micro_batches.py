@@ -18,6 +18,7 @@ import gradaccum
 from gradaccum import data, memory, models, plots, widgets
 
 torch.manual_seed(0)
+torch.set_num_threads(1)  # as fast for small models, and never waits for another
 print(f"torch {torch.__version__}, running on the CPU")
 
 # %% means [markdown]
