@@ -32,8 +32,7 @@ class Windows(Generic[MicroBatch]):
 
     def __len__(self) -> int:
         """Count the windows; a TypeError where the micro-batches themselves have no length."""
-        micro_batches = len(self._micro_batches)  # type: ignore[arg-type]
-        return -(-micro_batches // self._accumulation_steps)
+        return -(-len(self._micro_batches) // self._accumulation_steps)  # type: ignore[arg-type]
 
     def __bool__(self) -> bool:  # without it, truth would be asked of a length that may not exist
         return True
@@ -146,12 +145,13 @@ def accumulate(
 def _refuse_unless_ready(model: nn.Module, window: Sequence[Any]) -> None:
     if not window:
         raise ValueError("The window is empty: give accumulate at least one micro-batch.")
-    parameters = dict(model.named_parameters())
-    if not any(parameter.requires_grad for parameter in parameters.values()):
-        raise ValueError(f"The model ({type(model).__name__}) has no trainable parameter: set requires_grad on some.")
-    for name, parameter in parameters.items():
+    trainable = False
+    for name, parameter in model.named_parameters():
+        trainable = trainable or parameter.requires_grad
         if parameter.grad is not None:
             raise ValueError(f"Parameter {name!r} has a .grad: call optimizer.zero_grad(set_to_none=True) first.")
+    if not trainable:
+        raise ValueError(f"The model ({type(model).__name__}) has no trainable parameter: set requires_grad on some.")
 
 
 def _total_count(counts: Sequence[Any]) -> int | float:

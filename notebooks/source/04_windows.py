@@ -173,7 +173,10 @@ def train(inside, accumulation_steps=4, max_norm=0.05):
             nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         if update:
             if first_gradient is None:
-                first_gradient = model[1].weight.grad.clone()
+                gradients = [
+                    parameter.grad.flatten() for parameter in model.parameters()
+                ]
+                first_gradient = torch.cat(gradients)
             rates.append(optimizer.param_groups[0]["lr"])
             optimizer.step()
             optimizer.zero_grad()
@@ -185,7 +188,8 @@ def train(inside, accumulation_steps=4, max_norm=0.05):
 right_gradient, right_rates, _ = train(inside=False)
 wrong_gradient, wrong_rates, shares = train(inside=True)
 error = relative_error(wrong_gradient, right_gradient)
-print(f"clipped inside: the gradient is {100 * error:.0f} % off")
+norms = f"{right_gradient.norm():.2f} and {wrong_gradient.norm():.2f}"
+print(f"clipped once and inside: norms {norms}, the gradient {100 * error:.0f} % off")
 for label, rates in (("right", right_rates), ("inside", wrong_rates)):
     print(f"learning rates, {label:6}", " ".join(f"{rate:.2f}" for rate in rates))
 print(f"logged: {shares[3]:.1f}; the window's loss: {sum(shares[:4]):.1f}")
@@ -350,7 +354,7 @@ figure
 # At equal *updates* and the same rate the two are nearly the same, and k = 8 has used eight times the data for it.
 # But a quieter gradient allows a longer step, and with one, k = 8 gets further for each update.
 # How much longer? Multiply the rate by the square root of k, or by k: both are rules of thumb, so measure.
-# Count warm-up, schedule and total steps in **updates**.
+# Count warm-up, schedule, checkpoints and total steps in **updates**.
 #
 # One thing it is not: k small steps.
 
