@@ -27,32 +27,33 @@ class Prediction:
         self.guess: str | None = None
         self._answer = ""
         self._shown: DisplayHandle | None = None
-        self.box: Any = (
-            ipywidgets.Dropdown(options=["choose ...", *choices], description="Your guess")
-            if choices
-            else ipywidgets.Text(placeholder="a number", description="Your guess")
-        )
-        self.button: Any = ipywidgets.Button(description="Commit", tooltip="Commit your guess")
+        # A button for each choice: JupyterLab keeps the arrow keys and letters from a list, not Tab and Space.
+        labels, layout = choices or ["Commit"], ipywidgets.Layout(width="auto")
+        self.buttons: list[Any] = [ipywidgets.Button(description=label, layout=layout) for label in labels]
+        self.text: Any = None if choices else ipywidgets.Text(placeholder="a number", description="Your guess")
         self.status: Any = ipywidgets.HTML("")
-        self.button.on_click(lambda _: self.commit())
+        for button in self.buttons:
+            button.on_click(lambda clicked: self.commit(self.text.value if self.text else clicked.description))
 
     def view(self) -> Any:
-        """Lay out the question, the box to fill and the button: Tab and Enter are enough to use it."""
+        """Lay out the question and what to answer it with: Tab, Enter and Space are enough to use it."""
         question = ipywidgets.HTML(f"<b>Predict:</b> {html.escape(self.question)}")
-        return ipywidgets.VBox([question, ipywidgets.HBox([self.box, self.button]), self.status])
+        answers = ipywidgets.HBox([self.text, *self.buttons] if self.text else self.buttons)
+        return ipywidgets.VBox([question, answers, self.status])
 
-    def commit(self) -> None:
-        """Take what the box holds as the guess; the answer opens at once where it is already measured."""
-        value = str(self.box.value).strip()
-        if value in ("", "choose ..."):
+    def commit(self, guess: str) -> None:
+        """Take the guess, once; the answer opens at once where it is already measured."""
+        if not guess.strip():
             self.status.value = "Give a guess first: any guess beats none."
             return
-        self.guess = value
-        self.box.disabled = self.button.disabled = True
-        self.status.value = f"You said <b>{html.escape(value)}</b>. Now run the next cell."
+        self.guess = guess.strip()
+        for widget in [*self.buttons, *([self.text] if self.text else [])]:
+            widget.disabled = True
+        said = f"You said <b>{html.escape(self.guess)}</b>."
+        self.status.value = f"{said} Now run the next cell."
         if self._shown is not None:
             self._shown.update(HTML(self._answer_html()))
-            self.status.value = f"You said <b>{html.escape(value)}</b>. The answer is open below."
+            self.status.value = f"{said} The answer is open below."
 
     def reveal(self, answer: object, meaning: str) -> None:
         """Show the answer: open if a guess was committed, else closed until the reader opens it.
@@ -93,8 +94,8 @@ def explore(view: Callable[..., tuple[Figure, str]], **controls: Sequence[Any]) 
     Args:
         view: a pure function of the controls' values; gives the figure and one sentence that says what it shows.
             The default of each of its parameters is where that control starts.
-        controls: the values to choose from, in order, under the names of `view`'s parameters. Numbers become a
-            slider, anything else a list.
+        controls: the values to choose from, in order, under the names of `view`'s parameters. Each becomes a
+            slider, which the arrow keys move.
     """
     start = {name: parameter.default for name, parameter in inspect.signature(view).parameters.items()}
     boxes = {name: _control(name, values, start[name]) for name, values in controls.items()}
@@ -146,11 +147,13 @@ class _Shown(io.StringIO):
 
 
 def _control(name: str, values: Sequence[Any], start: Any) -> Any:
-    options = [(str(value), value) for value in values]
-    style, layout = {"description_width": "150px"}, ipywidgets.Layout(width="480px")
-    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-    kind = ipywidgets.SelectionSlider if numbers else ipywidgets.Dropdown
-    return kind(options=options, value=start, description=name.replace("_", " "), style=style, layout=layout)
+    return ipywidgets.SelectionSlider(
+        options=[(str(value), value) for value in values],
+        value=start,
+        description=name.replace("_", " "),
+        style={"description_width": "150px"},
+        layout=ipywidgets.Layout(width="520px"),
+    )
 
 
 def _png(figure: Figure) -> bytes:

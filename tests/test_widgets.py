@@ -37,8 +37,11 @@ def test_an_answer_is_closed_until_a_guess_is_committed(screen):
     prediction.reveal(4.0, "times the right one")
     assert "<details>" in screen.text
     assert "<details open" not in screen.text
-    prediction.box.value = "3 <times>"
-    prediction.button.click()
+    prediction.buttons[0].click()
+    assert prediction.guess is None
+    assert "first" in prediction.status.value
+    prediction.text.value = "3 <times>"
+    prediction.buttons[0].click()
     assert "<details" not in screen.text
     assert "You said <b>3 &lt;times&gt;</b>" in screen.text
     assert "<b>4</b> times the right one" in screen.text
@@ -46,14 +49,10 @@ def test_an_answer_is_closed_until_a_guess_is_committed(screen):
 
 def test_a_committed_guess_stands_and_opens_the_answer(screen):
     prediction = widgets.predict("How?", choices=["half", "double"])
-    prediction.button.click()
-    assert prediction.guess is None
-    assert "first" in prediction.status.value
-    prediction.box.value = "double"
-    prediction.button.click()
+    assert [button.description for button in prediction.buttons] == ["half", "double"]
+    prediction.buttons[1].click()
     assert prediction.guess == "double"
-    assert prediction.box.disabled
-    assert prediction.button.disabled
+    assert all(button.disabled for button in prediction.buttons)
     prediction.reveal("2.0", "times")
     assert "You said <b>double</b>" in screen.text
 
@@ -77,7 +76,7 @@ def test_explore_starts_at_the_defaults_redraws_and_goes_back(screen):
 
     widgets.explore(view, steps=[1, 2, 4], name=["Adam", "SGD"])
     box = screen.shown[-1]
-    (slider,), (choice,) = find(box, ipywidgets.SelectionSlider), find(box, ipywidgets.Dropdown)
+    slider, choice = find(box, ipywidgets.SelectionSlider)
     (sentence,), (picture,), (back,) = (find(box, getattr(ipywidgets, name)) for name in ("HTML", "Image", "Button"))
     assert calls == [(4, "SGD")]
     assert bytes(picture.value).startswith(b"\x89PNG")

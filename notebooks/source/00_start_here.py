@@ -94,7 +94,8 @@ assert right < 1e-5
 #
 # Run a cell with Shift + Enter and go down the page.
 # Before the important numbers you are asked for a guess.
-# Type it, press Tab, then Enter, and run the next cell: the number opens beside your guess.
+# Type it, press Tab, then Enter; where there are choices, Tab to yours and press Enter.
+# Then run the next cell: the number opens beside your guess.
 # If you would rather read, click on *Answer*.
 # A wrong guess that you remember teaches more than a right number that you read.
 #
