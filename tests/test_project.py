@@ -14,6 +14,9 @@ from pathlib import Path
 
 import jupytext
 import pytest
+import torch
+
+from gradaccum import data, models
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
@@ -200,6 +203,21 @@ def public_functions():
         for node in ast.parse((ROOT / path).read_text()).body:
             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
                 yield f"{module}.{node.name}", ast.get_docstring(node) or ""
+
+
+def test_the_readme_s_loop_trains():
+    (loop,) = re.findall(r"```python\n(.*?)```", text_of("README.md"), re.DOTALL)
+    model = models.embedding_linear(vocabulary=40, width=8)
+    characters = data.Characters(data.character_names())
+    loader = [characters.batch(lines) for lines in (["OX"], ["SUN", "CAT"], ["FOG"], ["RAM"], ["COW", "LEO"])]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1)
+    before = model[0].weight.clone()
+    names = {"model": model, "loader": loader, "optimizer": optimizer, "scheduler": scheduler}
+    exec(loop, names)
+    assert scheduler.last_epoch == 2  # 5 micro-batches in windows of 4
+    assert names["result"].count == 8  # COW, LEO and their ends
+    assert not torch.equal(before, model[0].weight)
 
 
 def test_public_functions_have_an_example_that_runs():
