@@ -2,7 +2,7 @@
 # # Start here: gradient accumulation, and when it is exact
 #
 # Gradient accumulation gives you the gradient of a large batch on a machine that holds a small one.
-# Nearly every tutorial teaches it with one division that is right on some data and wrong on other.
+# Most tutorials teach it with one division that is right on some data and wrong on the rest.
 # Run the next two cells and see. It takes 5 minutes to read this page.
 
 # %% setup tags=["nbval-ignore-output"]
@@ -13,13 +13,13 @@ import gradaccum
 from gradaccum import data, models, widgets
 
 torch.manual_seed(0)
-torch.set_num_threads(1)  # as fast for small models, and never waits for another
+torch.set_num_threads(1)  # as fast for small models, and no waiting
 print(f"torch {torch.__version__}, gradaccum {gradaccum.__version__}")
 
 # %% surprise
 names = data.character_names()
 characters = data.Characters(names)
-sentences = ["OX", "SUN", "CAT", max(names, key=len)]  # the last has 78 letters
+sentences = ["OX", "SUN", "CAT", max(names, key=len)]  # the last has 78 characters
 torch.manual_seed(0)
 model = models.embedding_linear(len(characters), width=32)
 
@@ -42,7 +42,7 @@ print(f"The same sentences, cut in two ways: {100 * apart:.0f} % apart.")
 assert apart > 1.5
 
 # %% surprise-why [markdown]
-# The same sentences, the same model, the textbook loop, and the two gradients are further apart than if one of them were missing.
+# The same sentences, the same model, the textbook loop, and the second gradient is further from the first than no gradient at all would be.
 # On sentences of equal length the same loop is exact up to rounding.
 # Here are the same four sentences, one by one, through the loop that this course builds:
 
@@ -82,7 +82,7 @@ assert right < 1e-5
 # |---|---|---|
 # | [1. The naive loop](01_naive_loop.ipynb) | what the batch size decides: noise and bytes | 15 |
 # | [2. Accumulate](02_accumulate.ipynb) | `.grad` adds up; a delayed step is k times too large | 15 |
-# | [3. Normalize](03_normalize.ipynb) | one division, and why Adam hides it when it is missing | 20 |
+# | [3. Normalize](03_normalize.ipynb) | one division, and which optimizers notice when it is missing | 20 |
 # | [4. Windows](04_windows.ipynb) | seven ways the loop goes wrong at its edges; the learning rate | 25 |
 # | [5. Unequal micro-batches](05_unequal_micro_batches.ipynb) | the mean of means is not the mean; the finished loop | 25 |
 #
@@ -103,7 +103,7 @@ assert right < 1e-5
 
 # %% how-guess tags=["nbval-ignore-output", "widget"]
 share_guess = widgets.predict(
-    "How many percent of all letters and ends belong to the longest sentence?"
+    "How many percent of all characters and end marks belong to the longest sentence?"
 )
 
 # %% how-run
@@ -120,7 +120,8 @@ share_guess.reveal(
 #
 # ## What is here
 #
-# The last cell looks at your machine, and says what to do if something is missing.
+# The next cell looks at your machine.
+# If the set-up cell at the top failed, run this one by itself: it says what is missing.
 
 # %% check tags=["nbval-ignore-output"]
 import os
@@ -141,10 +142,13 @@ for package, why in needed.items():
         print(f"  {package} {version(package)}")
     except PackageNotFoundError:
         print(f"  {package} is missing ({why}): pip install {package}")
-if torch.accelerator.is_available():
-    print(f"accelerator: {torch.accelerator.current_accelerator()}, not needed yet")
+try:
+    import torch
+except ImportError:
+    print("accelerator: install torch first")
 else:
-    print("accelerator: none, and lessons 1 to 5 do not need one")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    print(f"accelerator: {accelerator or 'none'}; lessons 1 to 5 do not need one")
 
 # %% next [markdown]
 # If the cell above names nothing as missing, you are ready.

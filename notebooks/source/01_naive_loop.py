@@ -17,14 +17,14 @@ from torch.nn.functional import cross_entropy
 from gradaccum import data, memory, models, plots, widgets
 
 torch.manual_seed(0)
-torch.set_num_threads(1)  # as fast for small models, and never waits for another
+torch.set_num_threads(1)  # as fast for small models, and no waiting
 print(f"torch {torch.__version__}, running on the CPU")
 
 # %% directions [markdown]
 # ## Two mini-batches, two directions
 #
 # A gradient says which way to move the weights.
-# Here is a model after 50 updates on real text: 256 names of Unicode characters, each exactly 18 letters long.
+# Here is a model after 50 updates on real text: 256 names of Unicode characters, each exactly 18 characters long.
 # We show it 8 of the names, then 8 others, and ask each time: which way?
 # A cosine of 1 means the same direction, 0 means that the two have nothing to do with each other.
 
@@ -96,8 +96,8 @@ assert updates == 20 and model[0].weight.grad is None
 # %% text [markdown]
 # ## The same loop on real text
 #
-# The names of Unicode characters are good practice text: 4,765 lines, from `OX` to 78 letters, and Unicode promises never to change one.
-# We take those of up to 30 letters, and the loop stays as it was.
+# The names of Unicode characters are good practice text: 4,765 lines, of 2 to 78 characters, such as `OX`, and Unicode promises never to change one.
+# We take those of up to 30 characters, and the loop stays as it was.
 # The model is now a small GPT, the optimizer AdamW, and each mini-batch holds 64 names, padded to the longest.
 
 # %% text-run tags=["nbval-ignore-output"]
@@ -134,6 +134,8 @@ assert losses[-1] < 2.2 < 3 < losses[0]
 # Take the gradient over all 256 names as the truth.
 # A mini-batch drawn from them misses it by some distance.
 # Call the typical distance, divided by the length of the true gradient, the **noise**.
+# We take the untrained model, where the true gradient is still long.
+# After the 50 updates above it is short, and 8 names miss it by many times its length.
 
 # %% noise-guess tags=["nbval-ignore-output", "widget"]
 noise_guess = widgets.predict(
@@ -231,14 +233,15 @@ assert all(peak == fixed + batch_size * per_row for batch_size, peak in peaks.it
 
 # %% bytes-why [markdown]
 # Twice the rows, less than twice the bytes: the part that depends on the batch doubles, the rest is there once.
-# The straight line is exact from 8 rows on; below that, the weights and their gradients alone decide.
-# The fixed part is the weights, 257,000 numbers of 4 bytes, and two losses.
+# The straight line is exact for these sizes; with very few rows the peak comes later, when the gradients stand beside the weights.
+# The fixed part is the weights, 257,000 numbers of 4 bytes, and 8 bytes for the loss and one number that `cross_entropy` keeps.
 # What grows with every row is the **activations**, which the forward pass keeps for the backward pass, and what the backward pass makes of them.
-# So each machine has a largest batch, and no setting of the optimizer moves it.
+# So each machine has a largest batch, and no learning rate moves it.
 #
 # ### Both at once
 #
-# Move the slider: noise against bytes.
+# Move the slider: the noise of the names' model beside the bytes of the random tokens' model.
+# The numbers belong to two models; the shapes are the same for any.
 
 
 # %% trade
@@ -280,12 +283,13 @@ figure
 # - The gradient's noise falls as one over the square root of the batch size: four times the batch, half the noise.
 # - The bytes held grow in a straight line with the batch, so the machine sets a limit.
 #
-# **Try it.** Change the optimizer in `peak_bytes` to `torch.optim.Adam`, and predict first which of the two numbers printed below it moves: bytes for each further row, or bytes that do not depend on the batch.
+# **Try it.** In `peak_bytes`, call `data.random_tokens(batch_size=batch_size, length=40)` instead.
+# Predict first which of the two numbers printed below it moves: bytes for each further row, or bytes whatever the batch.
 #
 # <details><summary>What happens</summary>
 #
-# Only the fixed part grows.
-# Adam keeps two numbers for each weight, whatever the batch.
+# Only the bytes for each row: twice the tokens, twice the bytes, 501,120.
+# The weights know nothing of the length.
 #
 # </details>
 #

@@ -1,5 +1,5 @@
 # %% promise [markdown]
-# # 3. Normalize: one division, and why Adam hides it
+# # 3. Normalize: one division, and who misses it
 #
 # You mend the gradient with one line, check how equal "equal" is, and then delete the line again to see who notices.
 #
@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from gradaccum import data, models, plots, relative_error, widgets
 
 torch.manual_seed(0)
-torch.set_num_threads(1)  # as fast for small models, and never waits for another
+torch.set_num_threads(1)  # as fast for small models, and no waiting
 print(f"torch {torch.__version__}, running on the CPU")
 
 # %% line [markdown]
@@ -26,17 +26,17 @@ print(f"torch {torch.__version__}, running on the CPU")
 #
 # Lesson 2 ended with a gradient four times too large.
 # So divide each loss by `accumulation_steps` before `backward()`.
-# This is the loop as a well-known short course teaches it, in its own order; only the line with the division is new to you.
+# This is the loop as a well-known short course teaches it; only the line with the division is new to you.
 
 # %% line-run
 torch.manual_seed(0)
-mini_batches = list(data.random_tokens(batches=20, batch_size=8, length=20))
+micro_batches = list(data.random_tokens(batches=20, batch_size=8, length=20))
 model = nn.Sequential(nn.Embedding(1000, 128), nn.Linear(128, 1000))
 loss_function = nn.CrossEntropyLoss()
 optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 accumulation_steps = 4
 
-for step, (inputs, targets) in enumerate(mini_batches):
+for step, (inputs, targets) in enumerate(micro_batches):
     logits = model(inputs)
     loss = loss_function(logits.view(-1, 1000), targets.view(-1))
     loss = loss / accumulation_steps
@@ -48,7 +48,7 @@ for step, (inputs, targets) in enumerate(mini_batches):
 
 # %% line-why [markdown]
 # The course calls this "mathematically equivalent" to a batch four times as large.
-# On paper it is: a quarter of each of four means is the mean of all, if all four have the same size.
+# On paper it is: a quarter of each of the four means, added up, is the mean of all, if all four have the same size.
 # A computer is not paper.
 
 # %% equal [markdown]
@@ -98,7 +98,7 @@ for dtype, (accumulated, reordered) in errors.items():
 for dtype, bound in ((torch.float32, 5e-6), (torch.float64, 1e-14)):
     print(f"{dtype}: both below {bound}: {max(errors[dtype]) < bound}")
     assert max(errors[dtype]) < bound
-    assert min(errors[dtype]) > 0
+    assert errors[dtype][0] < 5 * errors[dtype][1]
 print("0.1 + (0.2 + 0.3) == (0.1 + 0.2) + 0.3:", 0.1 + (0.2 + 0.3) == (0.1 + 0.2) + 0.3)
 
 # %% equal-why [markdown]
@@ -106,7 +106,7 @@ print("0.1 + (0.2 + 0.3) == (0.1 + 0.2) + 0.3:", 0.1 + (0.2 + 0.3) == (0.1 + 0.2
 # Adding floating-point numbers in another order gives another last digit, and accumulation adds the rows in another order.
 # Merely shuffling the rows of the full batch does the same.
 #
-# So this is what "equal" will mean from here on: **no further apart than the rounding that reordering the full batch causes**.
+# So this is what "equal" will mean from here on: **apart by rounding only, at most a few times what reordering the full batch causes**.
 # The claim of the course holds, for micro-batches of equal size.
 
 # %% delete [markdown]
@@ -249,7 +249,7 @@ def from_full_batch(optimizer="SGD", accumulation_steps=4, divide=False):
     rule = "divided" if divide else "not divided"
     amount = f"{distance[-1]:.0f} %" if distance[-1] > 0.5 else "less than 0.5 %"
     setting = f"{optimizer}, k = {accumulation_steps}, {rule}"
-    return figure, f"{setting}: after 20 updates, {amount} of the way off."
+    return figure, f"{setting}: after 20 updates, off by {amount} of the way."
 
 
 # %% explore-widget tags=["nbval-ignore-output", "widget"]
@@ -275,7 +275,7 @@ figure
 # ## Recap
 #
 # - Divide each micro-batch's mean loss by k, and the window has the large batch's gradient, if the micro-batches are equally large.
-# - Equal means up to the rounding that reordering the batch causes; bit for bit it is not.
+# - Equal means up to rounding, of the size that reordering the batch causes; bit for bit it is not.
 # - Adam, AdamW and constant clipping hide a missing division; SGD, L2 decay, eps and ordinary clipping do not. Compare gradients.
 #
 # **Try it.** Some loops use `cross_entropy(..., reduction="sum")`. By what should each loss be divided then?

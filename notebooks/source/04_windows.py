@@ -5,7 +5,7 @@
 #
 # After this lesson you can
 # - find the seven usual faults of an accumulation loop, and say what each does to the gradient;
-# - write a loop in which clipping, schedule and logging cannot be in the wrong place;
+# - write a loop in which clipping, schedule and logging have one obvious place;
 # - answer what happens to the learning rate and the number of updates.
 #
 # 25 minutes. It continues [lesson 3](03_normalize.ipynb).
@@ -19,13 +19,13 @@ import gradaccum
 from gradaccum import data, full_batch_gradient, models, plots, relative_error, widgets
 
 torch.manual_seed(0)
-torch.set_num_threads(1)  # as fast for small models, and never waits for another
+torch.set_num_threads(1)  # as fast for small models, and no waiting
 print(f"torch {torch.__version__}, running on the CPU")
 
 # %% never [markdown]
-# ## A loop that never trains
+# ## Three micro-batches, k = 4
 #
-# The loop of lesson 3, on a small data set: three micro-batches of real names, k = 4, ten epochs.
+# The loop of lesson 3, on a small data set: three micro-batches of real names, ten epochs.
 # How many updates will that be?
 
 # %% never-run
@@ -62,14 +62,12 @@ assert updates == 0
 # Real data sets seldom divide evenly.
 # Here are three ways to write the condition, and what they make of seven micro-batches.
 
+
 # %% edges-run
-numbers = range(1, 8)
-
-
-def groups_of(is_update, stream=numbers):
+def groups_of(is_update):
     """The micro-batches of each step; those that are never stepped, negative."""
     groups, group = [], []
-    for step, number in enumerate(stream):
+    for step, number in enumerate(range(1, 8)):
         group.append(number)
         if is_update(step):
             groups.append(group)
@@ -110,17 +108,17 @@ torch.manual_seed(0)
 model = models.embedding_linear(len(characters), width=32)
 
 
-def mean_loss(group):
-    """The mean loss of one micro-batch, numbered from 1, of 8 names."""
-    inputs, targets = characters.batch(names[8 * group - 8 : 8 * group])
+def mean_loss(number):
+    """The mean loss of one micro-batch of 8 names, numbered from 1."""
+    inputs, targets = characters.batch(names[8 * number - 8 : 8 * number])
     return cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
 
 
-def gradient(groups, divisor):
+def gradient(numbers, divisor):
     """What .grad holds after these micro-batches, each loss divided by the divisor."""
     model.zero_grad()
-    for group in groups:
-        (mean_loss(group) / divisor).backward()
+    for number in numbers:
+        (mean_loss(number) / divisor).backward()
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 
@@ -131,7 +129,7 @@ partial_guess.reveal(f"{partial:.4f}", "times the right gradient")
 leak = relative_error(gradient([7, 1, 2, 3], divisor=3), gradient([1, 2, 3], divisor=3))
 cleared = relative_error(gradient([3], divisor=3), gradient([1, 2, 3], divisor=3))
 print(f"the seventh leaks into the next epoch's first window: {100 * leak:.0f} % off")
-print(f"zero_grad one line too high, before each backward: {100 * cleared:.0f} % off")
+print(f"zero_grad before each backward: {100 * cleared:.0f} % off")
 assert abs(partial - 1 / 3) < 1e-6
 assert 0.1 < leak < cleared < 1
 
@@ -155,7 +153,7 @@ micro_batches = [characters.batch(names[i : i + 8]) for i in range(0, 256, 8)]
 
 
 def train(inside, accumulation_steps=4, max_norm=0.05):
-    """One epoch; `inside` puts clipping, schedule and log where the micro-batches are."""
+    """One epoch; `inside` clips and steps the schedule at every micro-batch."""
     torch.manual_seed(0)
     model = models.embedding_linear(len(characters), width=32)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -198,13 +196,14 @@ assert abs(wrong_rates[2] - 0.01) < 1e-6
 
 # %% once-why [markdown]
 # - **Clipping inside** cuts the sum again and again, so the first micro-batches shrink each time. The norm is right, the direction is not: compare vectors, not norms.
-# - **The schedule inside** is over after a quarter of the training. The rest runs at the lowest rate.
+# - **The schedule inside** is over after a quarter of the training. The rest runs at the lowest rate. (PyTorch warns of this one, because the schedule steps before the first update; the cell silences it.)
 # - **The logged loss**, if you log `loss.item()` at the update, is the last micro-batch's, already divided by 4. The window's loss is the sum of its four shares.
 
 # %% inside-out [markdown]
 # ## Turn it inside out
 #
-# All seven faults have one cause: the loop goes over micro-batches, and the update hides behind an `if`.
+# Seven faults so far: the leftover that leaks, the off-by-one, the wrong divisor, `zero_grad`, clipping, the schedule, the log.
+# All come from one thing: the loop goes over micro-batches, and what belongs to the update is mixed in among them.
 # So make the update the loop.
 # First cut the stream into windows, then go through each.
 
@@ -238,15 +237,16 @@ for window in windows(micro_batches, accumulation_steps=3):
     optimizer.step()
     schedule.step()
     optimizer.zero_grad()
-    print(f"{len(window)} micro-batches, 1 update, loss {window_loss:.1f}")
+    print(f"micro-batches: {len(window)}, updates: 1, loss {window_loss:.1f}")
 
 # %% inside-out-why [markdown]
 # Read the loop aloud: *for each window: backward through its micro-batches, clip, step, schedule, clear.*
 # There is no `if`, no counter and no parity.
 # The last window divides by its own length, nothing leaks, and each thing that happens once per update stands once.
 #
-# The course's module has this function with its edges filed: it works on generators, checks its arguments, and knows its length if the data does.
-# Let it prove itself: each window's gradient against the full batch's.
+# `gradaccum` has this function in its finished form: it can be read again at each epoch, checks its arguments, and knows its length if the data does.
+# Test it: `full_batch_gradient` computes a window's gradient the slow, obviously right way, as one graph.
+# It wants the sum of the losses and the number of targets; lesson 5 says why.
 
 
 # %% module-run
@@ -356,7 +356,7 @@ figure
 # How much longer? Multiply the rate by the square root of k, or by k: both are rules of thumb, so measure.
 # Count warm-up, schedule, checkpoints and total steps in **updates**.
 #
-# One thing it is not: k small steps.
+# An accumulated update is not k small steps.
 
 # %% steps-run
 moved = {}
@@ -377,10 +377,14 @@ for label, batches in (("4 steps on 8 names", 4), ("1 step on the window of 32",
     print(f"{label:27} moved the weights by {moved[label]:.1f}")
 assert moved["4 steps on 8 names"] > 2 * moved["1 step on the window of 32"]
 
+# %% steps-why [markdown]
+# Each small step starts from where the one before arrived, and goes its full length.
+# The window takes one step along the mean of the four.
+
 # %% recap [markdown]
 # ## Recap
 #
-# - A loop over micro-batches with an `if` goes wrong at its edges: partial windows, parity, leaks, clearing, clipping, schedule, log.
+# - A loop over micro-batches with an `if` goes wrong in seven ways: leftover, off-by-one, divisor, `zero_grad`, clipping, schedule, log.
 # - With the window as the outer loop each update stands once, and the divisor is the window's own.
 # - The same data makes k times fewer updates; the learning rate and the schedule have to know that.
 #

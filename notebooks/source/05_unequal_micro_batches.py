@@ -18,7 +18,7 @@ import gradaccum
 from gradaccum import data, memory, models, plots, widgets
 
 torch.manual_seed(0)
-torch.set_num_threads(1)  # as fast for small models, and never waits for another
+torch.set_num_threads(1)  # as fast for small models, and no waiting
 print(f"torch {torch.__version__}, running on the CPU")
 
 # %% means [markdown]
@@ -39,10 +39,10 @@ assert abs(mean - 1.8) < 1e-6
 # ## From nearly equal to very unequal
 #
 # The mean of means counts the two tokens for as much as the eight.
-# With micro-batches of equal size that is harmless, and the last four lessons took care to have them.
+# With micro-batches of equal size that is harmless, and lessons 2 to 4 took care to have them.
 # Text is not like that.
 #
-# A name of n letters gives n + 1 targets, the end included.
+# A name of n characters gives n + 1 targets, the end included.
 # Shorter rows are padded, and the padding is ignored: its target is -100, which `cross_entropy` leaves out of its mean.
 
 # %% lengths-figure
@@ -58,7 +58,7 @@ assert data.count_targets((inputs, targets)).item() == sum(counts)
 figure
 
 # %% lengths-ask [markdown]
-# Now windows of 4 micro-batches with 8 names each, cut in four ways.
+# Now four windows, each of 4 micro-batches with 8 names, the names chosen and ordered in four ways.
 # Each loss is a mean over the targets of its micro-batch, divided by 4, as in lesson 3.
 
 # %% lengths-guess tags=["nbval-ignore-output", "widget"]
@@ -68,7 +68,7 @@ lengths_guess = widgets.predict(
 
 
 # %% lengths-run
-def gradient_and_error(groups, model):
+def counts_and_error(groups, model):
     """The target counts of a window, and the error of dividing by k."""
     window = [characters.batch(group) for group in groups]
     model.zero_grad()
@@ -90,7 +90,7 @@ def gradient_and_error(groups, model):
 
 by_length = sorted(names, key=len)
 ways = {
-    "all of 18 letters": [name for name in names if len(name) == 18][:32],
+    "all of 18 characters": [name for name in names if len(name) == 18][:32],
     "at random": names[:32],
     "at random, sorted": sorted(names[:32], key=len),
     "24 shortest, 8 longest": by_length[:24] + by_length[-8:],
@@ -98,7 +98,7 @@ ways = {
 torch.manual_seed(0)
 model = models.embedding_linear(len(characters), width=32)
 measured = {
-    way: gradient_and_error([lines[i : i + 8] for i in (0, 8, 16, 24)], model)
+    way: counts_and_error([lines[i : i + 8] for i in (0, 8, 16, 24)], model)
     for way, lines in ways.items()
 }
 lengths_guess.reveal(
@@ -121,7 +121,7 @@ figure
 
 # %% lengths-why [markdown]
 # The counts are in brackets.
-# The more unequal they are, the more the short names count for, and the gradient is wrong by as much as its own length.
+# The more unequal they are, the more the short names count for; in the last window the gradient is wrong by nearly its own length.
 # This was pointed out in 2021 and found again in 2024, in libraries that everyone used (huggingface/transformers#34191).
 # Sorting by length is no exotic case: loaders do it to save padding.
 
@@ -204,7 +204,7 @@ assert by_k_log < by_count_log - 0.1
 assert by_k_loss > by_count_loss + 0.03
 
 # %% adam-why [markdown]
-# The loop that divides by k logs the *lower* loss and has the *worse* model.
+# The loop that divides by k logs the *lower* loss and has the *higher* loss over all targets of names it has not seen.
 # Its log is a mean of means, too: it counts the easy short names for as much as the long ones, when it learns and when it reports.
 # Two loops with different divisors cannot be compared by their logs.
 
@@ -213,7 +213,7 @@ assert by_k_loss > by_count_loss + 0.03
 #
 # The right mean adds up all losses of the window and divides by the number of its targets.
 # That number must be known *before* the first `backward()`.
-# So count first; the rest of lesson 4's loop stays.
+# So count first; the rest of lesson 4's loop stays, without the schedule, to keep it short.
 
 # %% count-run
 names = data.shuffled(data.character_names(), seed=0)
@@ -236,7 +236,7 @@ for window in gradaccum.windows(micro_batches, accumulation_steps=3):
     torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     optimizer.step()
     optimizer.zero_grad()
-    print(f"{len(window)} micro-batches, {count} targets, loss {window_loss:.1f}")
+    print(f"micro-batches: {len(window)}, targets: {count}, loss {window_loss:.1f}")
 
 # %% count-why [markdown]
 # Three things changed: the count, `reduction="sum"`, and the divisor.
@@ -251,16 +251,18 @@ for window in gradaccum.windows(micro_batches, accumulation_steps=3):
 
 # %% deferred-guess tags=["nbval-ignore-output", "widget"]
 deferred_guess = widgets.predict(
-    "How many times the memory of a backward per micro-batch does that take?"
+    "How many times the peak of one backward per micro-batch does that take?"
 )
 
 
 # %% deferred-run
-def peak_of(size, deferred=False):
-    """The peak, in MB, of a small GPT's gradient in micro-batches of `size`."""
+def peak_of(micro_batch_size, deferred=False):
+    """The peak, in MB, of a small GPT's gradient in micro-batches."""
     torch.manual_seed(0)
     model = models.GPT(vocabulary=40, context=20, width=64, layers=2)
-    window = list(data.random_tokens(64 // size, batch_size=size, vocabulary=40))
+    window = list(
+        data.random_tokens(64 // micro_batch_size, micro_batch_size, vocabulary=40)
+    )
     with memory.measure_memory(model, window) as measured:
         count = sum(targets.numel() for _, targets in window)
         total = 0.0
@@ -305,7 +307,7 @@ figure
 # %% finished [markdown]
 # ## The finished loop
 #
-# `gradaccum.accumulate` is the inner part of this loop with its edges filed: it counts, divides and calls `backward()` for each micro-batch.
+# `gradaccum.accumulate` is the inner part of this loop in its finished form: it counts, divides and calls `backward()` for each micro-batch.
 # It never steps, clips, schedules or clears: those stay in your loop, once per window.
 #
 # It also refuses what would go wrong silently.
@@ -353,6 +355,7 @@ model.zero_grad()
 # ## Which libraries do what
 #
 # Each library was run on a partial window (2 micro-batches left over of k = 4) and on a full window with unequal counts, and its gradient compared with the full batch's.
+# 350 % is a guide that names no divisor at all.
 # The table is a record, with its date and versions, of one command; the guides that it follows are linked in [the benchmarks](../benchmarks/README.md).
 
 # %% libraries-table tags=["nbval-ignore-output"]
@@ -392,6 +395,7 @@ names = data.character_names()
 characters = data.Characters(names)
 torch.manual_seed(0)
 model = models.embedding_linear(len(characters), width=32)
+# the first is unlike the others, so that it matters which line counts
 lines = ["COW " * 16, *[name[:64] for name in names if len(name) > 67][:3]]
 LENGTHS = [1, 2, 4, 8, 16, 32, 64]
 
@@ -454,7 +458,7 @@ figure
 # %% recap [markdown]
 # ## Recap
 #
-# - The mean of means is not the mean when the counts differ; the error grows to the gradient's own length and beyond, and no optimizer hides it.
+# - The mean of means is not the mean when the counts differ; the error grows to the gradient's own length and beyond, and Adam does not hide it.
 # - Count the window's items first, then divide each summed loss by that count, with one `backward()` for each micro-batch.
 # - `windows` and `accumulate` are that loop; clip, step, schedule and clear stay with you, once per window.
 #
@@ -466,3 +470,5 @@ figure
 # It is the second rule of the figure above.
 #
 # </details>
+#
+# **Next**: this is the last lesson so far. Put `windows` and `accumulate` into a loop of your own.
