@@ -1,5 +1,15 @@
-"""What a training step holds in memory, measured to the byte."""
+"""What a training step holds in memory: measured to the byte, predicted for a device, planned for a budget."""
 
 from gradaccum.memory.measure import ROLES, MemoryReport, measure_memory
+from gradaccum.memory.plan import MicroBatchPlan, plan_micro_batches
+from gradaccum.memory.predict import PredictedMemory, predict_memory
 
-__all__ = ["ROLES", "MemoryReport", "measure_memory"]
+__all__ = [
+    "ROLES",
+    "MemoryReport",
+    "MicroBatchPlan",
+    "PredictedMemory",
+    "measure_memory",
+    "plan_micro_batches",
+    "predict_memory",
+]

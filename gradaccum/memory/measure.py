@@ -194,16 +194,19 @@ class measure_memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _is_new(self, storage: torch.UntypedStorage) -> bool:
         record = self._live.get(id(storage))
-        if record is not None and record.nbytes != storage.nbytes():  # resized: as if freed and made again
+        if record is not None and record.nbytes != self._size(storage):  # resized: as if freed and made again
             self._free(record)
             self._add(storage, record.role)
         return record is None
+
+    def _size(self, storage: torch.UntypedStorage) -> int:
+        return storage.nbytes()  # a prediction rounds it up as a device would
 
     def _add(self, storage: torch.UntypedStorage, role: str) -> None:
         # torch keeps a storage's Python object for as long as the storage lives, so its id serves as a key.
         self._live[id(storage)] = record = _Record(storage, self._free)
         self._clock += 1
-        record.born, record.key, record.nbytes, record.role = self._clock, id(storage), storage.nbytes(), role
+        record.born, record.key, record.nbytes, record.role = self._clock, id(storage), self._size(storage), role
         self._held += record.nbytes
         if self._held > self._peak:
             self._peak, self._peak_at = self._held, self._clock

@@ -1,0 +1,348 @@
+"""What is predicted, against the measurement of real updates, closed forms, and every micro-batch tried."""
+
+import sys
+from functools import partial
+from itertools import product
+
+import numpy
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+
+from gradaccum import accumulate
+from gradaccum.memory import ROLES, measure_memory, plan_micro_batches, predict_memory
+from gradaccum.memory.plan import _budget_bytes
+from gradaccum.models import GPT, embedding_linear
+
+LENGTH, VOCABULARY = 4, 60
+
+
+def mlp():
+    return nn.Sequential(nn.Embedding(VOCABULARY, 24), nn.Linear(24, 40), nn.ReLU(inplace=True), nn.Linear(40, 60))
+
+
+class Checkpointed(GPT):
+    def forward(self, tokens):
+        x = self.token_embedding(tokens)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return self.head(self.norm(x))
+
+
+def tied():
+    model = GPT(VOCABULARY, context=LENGTH, width=16, layers=1)
+    model.head.weight = model.token_embedding.weight
+    return model
+
+
+MODELS = {
+    "lesson": partial(embedding_linear, VOCABULARY, 32),
+    "mlp": mlp,
+    "gpt": tied,
+    "checkpointed": partial(Checkpointed, VOCABULARY, LENGTH, 16, 2),
+}
+OPTIMIZERS = {
+    "sgd": partial(torch.optim.SGD, lr=0.1),
+    "momentum": partial(torch.optim.SGD, lr=0.1, momentum=0.9, foreach=False),
+    "momentum foreach": partial(torch.optim.SGD, lr=0.1, momentum=0.9, foreach=True),
+    "adam": partial(torch.optim.Adam, foreach=False),
+    "adam foreach": partial(torch.optim.Adam, foreach=True),
+    "adamw": torch.optim.AdamW,
+    "adamw foreach": partial(torch.optim.AdamW, foreach=True),
+    "adamw fused": partial(torch.optim.AdamW, fused=True),
+}
+
+
+def build(model, optimizer, sizes):
+    torch.manual_seed(0)
+    made = MODELS[model]()
+    window = [torch.randint(VOCABULARY, (2, size, LENGTH)) for size in sizes]
+    return made, OPTIMIZERS[optimizer](made.parameters()), window
+
+
+def loss_sum(model, batch, autocast=False):
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        return cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten(), reduction="sum")
+
+
+def plain(model, optimizer, window, autocast=False):
+    for batch in window:
+        (loss_sum(model, batch, autocast) / 100).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def accumulated(model, optimizer, window):
+    counts = lambda batch: (batch[1] != 0).sum()  # noqa: E731  # tensors, which are read
+    result = accumulate(model, window, partial(loss_sum, model), counts)
+    assert result.loss.item() > 0
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+STEPS = {"plain": plain, "accumulate": accumulated, "autocast": partial(plain, autocast=True)}
+
+
+def whole(report):
+    assert tuple(report.at_peak) == ROLES
+    assert sum(report.at_peak.values()) == report.peak_bytes
+    return report.start_bytes, report.peak_bytes, report.end_bytes, report.at_peak
+
+
+def measured(built, step):
+    known = [thing for thing in built if isinstance(thing, nn.Module | torch.optim.Optimizer | list | torch.Tensor)]
+    reports = []
+    for _ in range(2):
+        with measure_memory(*known) as memory:
+            step(*built)
+        reports.append(whole(memory))
+    return reports
+
+
+GRID = [
+    *product(["lesson", "mlp", "gpt"], OPTIMIZERS, ["plain"], [1, 2, 4]),
+    *product(MODELS, ["sgd", "adamw foreach"], ["accumulate", "autocast"], [1, 4]),
+    *product(["checkpointed"], ["adam"], ["plain"], [1, 2]),
+]
+
+
+@pytest.mark.parametrize(("model", "optimizer"), sorted({row[:2] for row in GRID}))
+def test_a_prediction_is_the_measurement(model, optimizer):
+    assert len(GRID) == len(set(GRID)) >= 100
+    for *made, step, steps in (row for row in GRID if row[:2] == (model, optimizer)):
+        make = partial(build, *made, [8 // steps + 3 * (index == 0) for index in range(steps)])
+        predicted = predict_memory(make, STEPS[step], device="cpu")
+        assert [whole(predicted.first), whole(predicted)] == measured(make(), STEPS[step]), (step, steps)
+
+
+def amp(scaler_device="cpu", device="cpu"):
+    model = nn.Linear(100, 100).to(device)
+    scaler = torch.amp.GradScaler(scaler_device, init_scale=2.0)
+    return model, torch.optim.Adam(model.parameters()), torch.ones(8, 100, device=device), scaler
+
+
+def amp_step(model, optimizer, batch, scaler, device="cpu"):
+    with torch.autocast(device, torch.float16):
+        loss = model(batch).float().sum()
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+
+
+def hooked():
+    model = nn.Sequential(nn.Linear(20, 20), nn.BatchNorm1d(20), nn.Dropout(0.5)).to(torch.float64)
+    model[0].register_forward_hook(lambda module, given, result: result * 2)
+    return model, torch.ones(6, 20, dtype=torch.float64, requires_grad=True)
+
+
+def hooked_step(model, batch):
+    scale = torch.from_numpy(numpy.ones(20))  # NumPy's memory is not counted
+    out = model(batch).view(2, 3, 20).mul_(scale) + torch.tensor([1.0] * 20)
+    out = scaled_dot_product_attention(out, out[:, :1], out[:, 1:2])
+    if out.isnan().any() or out.sum().tolist() != out.sum().item():
+        raise ArithmeticError
+    out.sum().backward()
+
+
+@pytest.mark.parametrize(("make", "step"), [(amp, amp_step), (hooked, hooked_step)])
+def test_scaler_clipping_hooks_views_and_numpy(make, step):
+    predicted = predict_memory(make, step, device="cpu")
+    assert [whole(predicted.first), whole(predicted)] == measured(make(), step)
+
+
+def blocks(*sizes):
+    return sum(-(-size // 512) * 512 for size in sizes)
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"foreach": False}, {"fused": True}])
+def test_cuda_rounds_up_and_takes_its_default_path(options):
+    def make():
+        weights = nn.ParameterList([torch.ones(1000), torch.ones(3)])
+        return weights, torch.optim.Adam(weights, **options)
+
+    def step(weights, optimizer):
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+
+    one = blocks(4000, 12)
+    predicted = predict_memory(make, step, device="cuda:1")
+    counters = 2 * blocks(4) if "fused" in options else 0  # else on the host
+    temporaries = one if options in ({}, {"foreach": True}) else 0 if "fused" in options else 2 * blocks(4000)
+    held = {"parameters": one, "gradients": one, "optimizer state": 2 * one + counters}
+    held["optimizer temporaries"] = temporaries
+    assert whole(predicted.first)[3] == dict.fromkeys(ROLES, 0) | held
+    assert (predicted.first.start_bytes, predicted.start_bytes) == (one, 4 * one + counters)
+    assert predicted.device == "cuda"
+    assert repr(predicted).startswith(f"Predicted for cuda, second update. Peak memory: {predicted.peak_bytes:,} bytes")
+
+
+def replaceable():
+    return torch.autocast.__init__, torch.amp.GradScaler.__init__, nn.Module._apply, torch.compile, nn.Module.compile
+
+
+def test_what_names_cuda_is_mapped_and_put_back():
+    before, random = replaceable(), torch.get_rng_state()
+    on_cuda = predict_memory(partial(amp, "cuda", "cuda"), partial(amp_step, device="cuda"))
+    neutral = predict_memory(amp, amp_step)
+    assert whole(on_cuda) == whole(neutral)
+    assert on_cuda.at_peak["optimizer state"] == 2 * blocks(40000, 400)  # Adam did step
+    # The linear layer ran in 16 bits: batch, weight and bias are cast, and the result is half as large.
+    forward = predict_memory(partial(amp, "cuda", "cuda"), lambda model, _, batch, scaler: cast_forward(model, batch))
+    assert forward.at_peak["activations"] == blocks(1600, 20000, 200, 1600)
+
+    def everywhere():
+        with torch.device("cuda"):
+            moved = nn.Linear(8, 8).cuda().half()
+        return moved, torch.ones(2, 8, pin_memory=True).to("cuda").half(), torch.ones(2, device=torch.device("cuda", 0))
+
+    assert predict_memory(everywhere, lambda *built: None).peak_bytes == 4 * 512
+    assert before == replaceable()
+    assert torch.equal(random, torch.get_rng_state())
+
+
+def cast_forward(model, batch):
+    with torch.autocast("cuda"):
+        return model(batch)
+
+
+def test_cuda_keeps_bytes_of_dropout_and_float32_of_norms():
+    x = partial(torch.ones, 64, 512, requires_grad=True)
+    dropped = predict_memory(lambda: (nn.Dropout(0.1), x()), lambda dropout, x: dropout(x))
+    assert dropped.at_peak["activations"] == 64 * 512 * (4 + 1)
+    make = lambda: (nn.LayerNorm(512), x(dtype=torch.bfloat16))  # noqa: E731
+    assert predict_memory(make, cast_forward).at_peak["activations"] == 64 * 512 * (4 + 4) + 2 * 512
+
+
+def test_nothing_is_allocated():
+    resource = pytest.importorskip("resource")  # not there on Windows
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    make = lambda: (nn.Linear(50_000, 50_000, bias=False), torch.ones(4, 50_000))  # noqa: E731
+    report = predict_memory(make, lambda model, batch: model(batch).sum().backward())
+    # The weight, its gradient, and one more to be added to that.
+    assert report.peak_bytes > 3 * 4 * 50_000**2 > 1e10
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 50_000 * (1024 if sys.platform == "darwin" else 1)  # kB, but bytes on a Mac
+
+
+def test_measuring_around_it_counts_nothing_of_it():
+    with measure_memory() as memory:
+        predict_memory(lambda: torch.ones(1000), lambda x: x + 1)
+    assert memory.peak_bytes == 0
+
+
+REAL = nn.Linear(3, 3)
+COMPILED = torch.compile(lambda x: x + 1)
+
+
+def batch():
+    return torch.ones(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("make", "step", "device", "error", "said"),
+    [
+        (3, batch, "cpu", TypeError, "build must be a function, but 3 is of type int"),
+        (batch, batch(), "cpu", TypeError, "step must be a function"),
+        (batch, batch, "gpu", TypeError, "'gpu' was given"),
+        (batch, batch, "mps", NotImplementedError, "not for 'mps'"),
+        (lambda: (nn.LSTM(3, 3), batch()), lambda m, x: m(x), "cuda", NotImplementedError, "lstm"),
+        (lambda: (nn.RNNCell(3, 3), batch()), lambda m, x: m(x), "cpu", NotImplementedError, "rnn_tanh_cell"),
+        (lambda: torch.compile(REAL), REAL, "cpu", NotImplementedError, "leave torch.compile out"),
+        (lambda: nn.Linear(3, 3).compile(), REAL, "cpu", NotImplementedError, "leave torch.compile out"),
+        (batch, COMPILED, "cpu", NotImplementedError, "leave torch.compile out"),
+        (lambda: (REAL, batch()), lambda m, x: m(x), "cpu", ValueError, "made outside of build .*: make the model"),
+        (batch, lambda x: REAL.weight.detach(), "cuda", ValueError, r"shape \(3, 3\) made outside"),
+        (batch, lambda x: x[x > 0], "cpu", NotImplementedError, "size depends on values"),
+        (batch, lambda x: torch.equal(x, x + 1), "cpu", NotImplementedError, "depends on values"),
+        (batch, lambda x: x.to_sparse(), "cpu", NotImplementedError, "size depends on values|dense"),
+        (batch, lambda x: 1 / 0, "cuda", ZeroDivisionError, "division"),
+    ],
+)
+def test_what_cannot_be_predicted_is_refused(make, step, device, error, said):
+    with pytest.raises(error, match=said) as caught:
+        predict_memory(make, step, device=device)
+    assert len(str(caught.value)) < 250
+    assert torch._C._len_torch_dispatch_stack() == torch._C._len_torch_function_stack() == 0
+
+
+def keeping(model, optimizer, window):  # what it should not do: the logits of all micro-batches are kept
+    kept = []
+    for micro_batch in window:
+        kept.append(model(micro_batch[0]))
+        cross_entropy(kept[-1].flatten(0, 1), micro_batch[1].flatten()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "step", "effective_batch", "device"),
+    [("sgd", accumulated, 9, "cpu"), ("adamw", plain, 7, "cuda"), ("sgd", keeping, 7, "cuda")],
+)
+def test_the_largest_that_fits_of_all(optimizer, step, effective_batch, device):
+    make, peaks = partial(build, "mlp", optimizer), {}
+    for size in range(1, effective_batch + 1):
+        full, rest = divmod(effective_batch, size)
+        report = predict_memory(partial(make, [size] * full + [rest] * (rest > 0)), step, device=device)
+        peaks[size] = max(report.peak_bytes, report.first.peak_bytes)
+    plan = partial(plan_micro_batches, make, step, effective_batch=effective_batch, device=device)
+    for budget in sorted({peak + more for peak in peaks.values() for more in (0, -1)}):
+        fits = [size for size in peaks if peaks[size] <= budget]
+        if not fits:
+            with pytest.raises(ValueError, match=f"the budget {budget:,}; most of it is [a-z ]+, [0-9,]+ bytes"):
+                plan(budget=budget)
+            continue
+        found = plan(budget=budget)
+        assert found.peak_bytes == peaks[found.micro_batch] <= budget == found.budget_bytes
+        assert found.next_micro_batch_peak_bytes == peaks.get(found.micro_batch + 1)
+        assert (found.next_micro_batch_peak_bytes or budget + 1) > budget
+        assert sum(found.sizes) == effective_batch
+        if step is not keeping:  # of which a larger micro-batch may need less memory, because it has fewer
+            assert found.micro_batch == max(fits)
+
+
+def test_256_is_kept_by_a_last_micro_batch_that_is_smaller():
+    make, calls = partial(build, "mlp", "sgd"), []
+
+    def noting(sizes):
+        calls.append(tuple(sizes))
+        return make(sizes)
+
+    found = plan_micro_batches(noting, plain, effective_batch=256, budget="300 kB")
+    *equal, last = found.sizes
+    assert sum(found.sizes) == 256
+    assert set(equal) == {found.micro_batch}
+    assert 0 < last < found.micro_batch
+    assert found.accumulation_steps == len(found.sizes) == 5
+    assert f"effective batch 256, the last {last}" in repr(found)
+    assert len({sizes for sizes in calls if len(sizes) <= 4}) <= 12  # the longer ones are only built
+    assert found.peak_bytes <= found.budget_bytes == 300_000 < found.next_micro_batch_peak_bytes
+
+
+def test_a_window_that_fits_is_one_micro_batch():
+    found = plan_micro_batches(partial(build, "lesson", "sgd"), plain, effective_batch=4, budget="1.5 GB")
+    assert (found.sizes, found.next_micro_batch_peak_bytes) == ((4,), None)
+    budgets = {"1.5 GB": 15 * 10**8, "24GiB": 24 * 2**30, "512 mib": 2**29, "7 B": 7, 10**9: 10**9}
+    assert [_budget_bytes(budget) for budget in budgets] == list(budgets.values())
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "said"),
+    [
+        ({"budget": "24 apples"}, ValueError, '"24 GB" or "24 GiB", but \'24 apples\''),
+        ({"budget": 1.5}, TypeError, "1.5 was given"),
+        ({"budget": 0}, ValueError, "at least 1 byte"),
+        ({"effective_batch": 0}, ValueError, "at least 1, but 0"),
+        ({"build": 3}, TypeError, "a function of a list of sizes"),
+        ({"step": 3}, TypeError, "step must be a function"),
+    ],
+)
+def test_a_plan_refuses_what_is_of_no_use(changed, error, said):
+    given = {"build": partial(build, "mlp", "sgd"), "step": plain, "effective_batch": 4, "budget": "1 GB"} | changed
+    with pytest.raises(error, match=said):
+        plan_micro_batches(given.pop("build"), given.pop("step"), **given)
