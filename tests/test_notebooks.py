@@ -25,6 +25,7 @@ NOTEBOOKS = ROOT / "notebooks"
 START = "00_start_here"
 # Written out, so that a lesson that got lost is noticed; the other tests take those that are there.
 LESSONS = [START, "01_naive_loop", "02_accumulate", "03_normalize", "04_windows", "05_unequal_micro_batches"]
+LESSONS += ["06_gpu_memory"]
 LIVE = {"predict", "explore"}  # the calls that show a live view
 
 specification = importlib.util.spec_from_file_location("make_notebooks", NOTEBOOKS / "source" / "build.py")

@@ -85,6 +85,7 @@ assert right < 1e-5
 # | [3. Normalize](03_normalize.ipynb) | one division, and which optimizers notice when it is missing | 20 |
 # | [4. Windows](04_windows.ipynb) | seven ways the loop goes wrong at its edges; the learning rate | 25 |
 # | [5. Unequal micro-batches](05_unequal_micro_batches.ipynb) | the mean of means is not the mean; the finished loop | 25 |
+# | [6. GPU memory](06_gpu_memory.ipynb) | a step's peak to the byte; the largest micro-batch for a budget | 25 |
 #
 # Take them in this order: each opens with the loop that the one before ended with.
 # All of them run on a laptop without a GPU.
@@ -148,7 +149,7 @@ except ImportError:
     print("accelerator: install torch first")
 else:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    print(f"accelerator: {accelerator or 'none'}; lessons 1 to 5 do not need one")
+    print(f"accelerator: {accelerator or 'none'}; the lessons do not need one")
 
 # %% next [markdown]
 # If the cell above names nothing as missing, you are ready.

@@ -471,4 +471,4 @@ figure
 #
 # </details>
 #
-# **Next**: this is the last lesson so far. Put `windows` and `accumulate` into a loop of your own.
+# **Next**: the reason for all this was memory. Lesson 6 counts it to the byte, and plans for a GPU that is not there.
