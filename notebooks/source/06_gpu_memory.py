@@ -43,7 +43,7 @@ assert sum(measured.at_peak.values()) == measured.peak_bytes
 
 # %% silence-why [markdown]
 # Without a GPU, PyTorch's counter returns 0 and says no word about it.
-# `measure_memory` follows every tensor's storage from its making to its end instead, so it is exact on any machine.
+# `measure_memory` follows every tensor's storage from its making to its end instead, to the byte and without a GPU.
 # Its table shows the worst moment by role.
 
 # %% anatomy [markdown]
@@ -165,8 +165,8 @@ def update(model, optimizer, window):
     optimizer.zero_grad()
 
 
-def second_update(accumulation_steps):
-    """What a small GPT holds in its second update, when AdamW's state is there."""
+def two_updates(accumulation_steps):
+    """What a small GPT holds in its first update, and in its second."""
     torch.manual_seed(0)
     model = models.GPT(vocabulary=64, context=64, width=64, layers=4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -180,7 +180,7 @@ def second_update(accumulation_steps):
     return reports
 
 
-reports = {f"k = {k}": second_update(k) for k in (1, 2, 4, 8, 16, 32)}
+reports = {f"k = {k}": two_updates(k) for k in (1, 2, 4, 8, 16, 32)}
 figure, (axis,) = plots.panels(["The second update, by role"], height=3.8)
 figure.set_size_inches(8, 3.8)
 plots.stacked_roles(
