@@ -136,16 +136,11 @@ def window_strip(axis: Axes, loops: Mapping[str, Iterable[Sequence[int]]]) -> No
     names = list(loops)
     for row, groups in enumerate(loops.values()):
         for index, group in enumerate(groups):
-            stepped = group[0] >= 0
-            for number in group:
-                place = abs(number) if not stepped else number
-                colour = COLOURS[index % 6]
-                axis.add_patch(
-                    Rectangle(
-                        (place - 0.42, row - 0.3), 0.84, 0.6, facecolor=colour if stepped else "white", edgecolor=colour
-                    )
-                )
-                axis.text(place, row, str(place), ha="center", va="center", color="white" if stepped else "black")
+            stepped, colour = group[0] >= 0, COLOURS[index % 6]
+            fill, ink = (colour, "white") if stepped else ("white", "black")
+            for place in map(abs, group):
+                axis.add_patch(Rectangle((place - 0.42, row - 0.3), 0.84, 0.6, facecolor=fill, edgecolor=colour))
+                axis.text(place, row, str(place), ha="center", va="center", color=ink)
             if stepped:
                 axis.annotate(
                     "", (group[-1] + 0.42, row + 0.5), (group[-1] + 0.42, row + 0.28), arrowprops={"arrowstyle": "->"}

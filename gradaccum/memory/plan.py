@@ -142,6 +142,7 @@ class _Search:
     def __init__(self, build: Any, step: Any, effective_batch: int, limit: int, device: str) -> None:
         self._build, self._step, self._device = build, step, device
         self._effective_batch, self._limit = effective_batch, limit
+        self.least = 1  # the micro-batch that needs the least; `largest` may find that it is a larger one
         self._reports: dict[tuple[int, ...], PredictedMemory] = {}
         self._starts: dict[tuple[int, ...], int] = {}
 
@@ -177,7 +178,6 @@ class _Search:
             if self.peak(best) <= self._limit:
                 return best
         # Quickly, by windows of two; then what was found and its neighbour by the whole window.
-        self.least = 1
         while (least := self._of_two(self.least)) > self._limit:
             if 2 * self.least >= above_half or self._of_two(2 * self.least) >= least:
                 break

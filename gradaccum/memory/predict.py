@@ -111,7 +111,8 @@ def predict_memory(
         if not callable(function):
             given = f"{name} must be a function, but {function!r:.80} is of type {type(function).__name__}"
             raise TypeError(f"{given}: give the function itself, not what it returns.")
-    with _without_data(_device_type(device)) as follow:
+    kind = _device_type(device)
+    with _without_data(kind) as follow:
         built = _tuple(build())
         reports = []
         for _ in range(2):
@@ -119,7 +120,7 @@ def predict_memory(
                 step(*built)
             reports.append(report)
     predicted = PredictedMemory()
-    vars(predicted).update(vars(reports[1]), device=_device_type(device), first=reports[0])
+    vars(predicted).update(vars(reports[1]), device=kind, first=reports[0])
     return predicted
 
 
