@@ -197,7 +197,7 @@ figure
 
 # %% floor-why [markdown]
 # Only the activations and what the backward pass makes of them shrink.
-# Weights, gradients and the optimizer's two numbers for each weight are the floor, and each doubling of k saves half of what the last one saved.
+# Weights, gradients and the optimizer's two numbers for each weight are the floor, and each doubling of k saves about half of what the last one saved.
 #
 # The second update holds more than the first.
 # AdamW makes its state at the *end* of the first step, so a run can go out of memory at the second.
