@@ -2,7 +2,9 @@
 
 import copy
 import pickle
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 
 import numpy
 import pytest
@@ -13,7 +15,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
 
-from gradaccum.memory import ROLES, measure_memory
+from gradaccum.memory import ROLES, Held, measure_memory, predict_memory
+from gradaccum.memory.device import DeviceCounters
 from gradaccum.models import GPT, embedding_linear
 
 lesson = partial(embedding_linear, 100, 32)
@@ -63,8 +66,11 @@ def measured_update(model, optimizer, window):
 def held(memory):
     """Check that the report is whole, and return the roles that hold something at its peak."""
     assert tuple(memory.at_peak) == ROLES
-    assert sum(memory.at_peak.values()) == memory.peak_bytes
+    assert sum(memory.at_peak.values()) == memory.peak_bytes == memory.followed_bytes
     assert memory.peak_bytes >= max(memory.start_bytes, memory.end_bytes)
+    sizes = [one.nbytes for one in memory.largest]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sum(sizes) == memory.peak_bytes or (len(sizes) == 10 and sum(sizes) < memory.peak_bytes)
     return {role: size for role, size in memory.at_peak.items() if size}
 
 
@@ -149,8 +155,8 @@ ACTIONS = ["make", "known", "foreign", "view", "list", "grow", "free"]
 def test_peak_is_the_largest_sum_of_live_bytes(program):
     known, foreign = torch.zeros(7), torch.zeros(9)
     # A storage is a list with its size, shared by the handles on it; `before` is what the block adds nothing for.
-    handles, before, peak, end = [], [0], 28, 28
-    with measure_memory([known]) as memory:
+    handles, before, peak, end, after = [], [0], 28, 28, [28]
+    with measure_memory([known], timeline=True) as memory:
         for action, where, size in program:
             if action == "make":
                 handles.append((torch.zeros(size), [4 * size]))
@@ -170,8 +176,68 @@ def test_peak_is_the_largest_sum_of_live_bytes(program):
                 del tensor
             end = 28 + sum({id(storage): storage[0] for _, storage in handles}.values())
             peak = max(peak, end)
+            after += [end] if end != after[-1] else []
     assert held(memory)
     assert (memory.start_bytes, memory.peak_bytes, memory.end_bytes) == (28, peak, end)
+    sums = timeline(memory)
+    assert (sums[0], sums[-1]) == (28, end)
+    later = iter(sums)
+    assert all(end in later for end in after)  # in this order
+
+
+def timeline(memory):
+    """Check a report's timeline, and return the sums over its roles."""
+    assert tuple(memory.timeline) == ROLES
+    moments = list(zip(*memory.timeline.values(), strict=True))
+    sums = [sum(moment) for moment in moments]
+    assert max(sums) == memory.followed_bytes
+    assert moments[sums.index(max(sums))] == tuple(memory.at_peak.values())
+    return sums
+
+
+def test_the_largest_are_named_with_what_made_them():
+    model, inputs = nn.Linear(100, 50, bias=False), torch.ones(8, 100)
+    with measure_memory(model, inputs) as memory:
+        model(inputs).square().sum().backward()
+    assert held(memory)
+    assert memory.largest == [
+        Held(20_000, "parameters", "given", (50, 100), torch.float32),
+        Held(20_000, "gradients", "aten.mm", (50, 100), torch.float32),
+        Held(3200, "inputs", "given", (8, 100), torch.float32),
+        Held(1600, "backward temporaries", "aten.mul", (8, 50), torch.float32),
+        Held(4, "activations", "aten.sum", (), torch.float32),
+        Held(4, "activations", "aten.ones_like", (), torch.float32),  # where backward starts from
+    ]
+    with measure_memory([torch.zeros(size, dtype=torch.int64) for size in [*range(15), 14]]) as memory:
+        torch.zeros(1)
+    assert [one.shape for one in memory.largest] == [(14,), (14,), *((size,) for size in range(13, 5, -1))]
+    assert {one.dtype for one in memory.largest} == {torch.int64}
+
+
+def test_the_timeline_tells_the_roles_that_things_have_in_the_end():
+    weight, kept = nn.Parameter(torch.ones(10)), torch.ones(1)
+    optimizer = torch.optim.SGD([weight], 0.1, momentum=0.9)
+    with measure_memory(optimizer, kept, timeline=True) as memory:
+        weight.grad = torch.ones(10)
+        optimizer.step()
+        optimizer.zero_grad()
+        kept.resize_(3)  # becomes free, and is made again
+    assert timeline(memory) == [44, 84, 124, 84, 80, 92]
+    assert {role: bytes_ for role, bytes_ in memory.timeline.items() if any(bytes_)} == {
+        "parameters": [40] * 6,
+        "gradients": [0, 40, 40, 0, 0, 0],
+        "optimizer state": [0, 0, 40, 40, 40, 40],
+        "inputs": [4, 4, 4, 4, 0, 12],
+    }
+    model, optimizer, window = build(lesson, "adamw foreach", 2)
+    with measure_memory(model, optimizer, window, timeline=True) as memory:
+        update(model, optimizer, window)
+    assert held(memory)
+    assert len(timeline(memory)) > 40
+    with measure_memory() as memory:
+        pass
+    with pytest.raises(AttributeError, match=r"'timeline': ask for it with timeline=True"):
+        memory.timeline  # noqa: B018
 
 
 def test_the_first_adam_step_shows_every_role():
@@ -368,7 +434,7 @@ def compiled_inside():
         ("cuda" * 1000, TypeError, "'cuda.*, a str: give it modules, optimizers, tensors"),
         (None, TypeError, "None, a NoneType"),
         ([torch.zeros(2), object()], TypeError, "<object object at .* a object"),
-        ([torch.zeros(2).as_subclass(Elsewhere)], NotImplementedError, "on the CPU"),
+        ([torch.zeros(2).as_subclass(Elsewhere)], NotImplementedError, "on the CPU here, not one on cpu: name the"),
         ([torch.eye(2).to_sparse()], NotImplementedError, "sparse_coo on cpu"),
         (torch.compile(nn.Linear(2, 2)), NotImplementedError, "compiled OptimizedModule"),
         (compiled_inside(), NotImplementedError, "give it the plain module"),
@@ -378,3 +444,153 @@ def test_what_cannot_be_followed_is_refused(known, error, said):
     with pytest.raises(error, match=said) as caught:
         measure_memory(nn.Linear(2, 2), known)
     assert len(str(caught.value)) < 250
+
+
+class Counters:  # stands for torch.accelerator's functions, on a machine that has no accelerator
+    def __init__(self):
+        self.held, self.peak, self.reserved, self.calls = 0, 0, 0, []
+
+    def use(self, nbytes):
+        self.held += nbytes
+        self.peak, self.reserved = max(self.peak, self.held), max(self.reserved, 2 * self.held)
+
+    def stand_in(self, kind="cuda"):
+        def read(name, value):
+            return lambda device: self.calls.append((name, str(device))) or value()
+
+        return {
+            "current_accelerator": lambda check_available=False: torch.device(kind),
+            "device_count": lambda: 2,
+            "current_device_index": lambda: 1,
+            "synchronize": read("synchronize", lambda: None),
+            "memory_allocated": read("held", lambda: self.held),
+            "max_memory_allocated": read("peak", lambda: self.peak),
+            "max_memory_reserved": read("reserved", lambda: self.reserved),
+            "reset_peak_memory_stats": read("reset", lambda: vars(self).update(peak=self.held, reserved=self.held)),
+        }
+
+
+@pytest.fixture
+def counters(monkeypatch):
+    counters = Counters()
+    for name, function in counters.stand_in().items():
+        monkeypatch.setattr(torch.accelerator, name, function)
+    return counters
+
+
+def test_a_device_counts_by_itself_synchronized_and_from_a_reset(counters):
+    counters.use(500)
+    counters.use(-400)
+    measure = measure_memory(compiled_inside(), device="cuda")  # it sees compiled code as it is
+    assert "reset" not in dict(counters.calls)
+    counters.calls.clear()
+    with measure as memory:
+        calls = [name for name, device in counters.calls if device == "cuda:1"]
+        assert calls == ["synchronize", "reset", "held"]
+        counters.calls.clear()
+        counters.use(200)
+        counters.use(-250)
+        assert torch._C._len_torch_dispatch_stack() == 0
+    assert [name for name, _ in counters.calls] == ["synchronize", "peak", "reserved", "held"]
+    assert (memory.start_bytes, memory.peak_bytes, memory.end_bytes, memory.reserved_bytes) == (100, 300, 50, 600)
+    assert repr(memory) == "Peak memory: 300 bytes (start 100, end 50, reserved 600)"
+    with pytest.raises(AttributeError, match="'at_peak': ask for it with roles=True"):
+        memory.at_peak  # noqa: B018
+
+
+def test_on_a_device_a_block_in_a_block_takes_nothing_from_the_outer_peak(counters):
+    with measure_memory(device="cuda:0") as outer:
+        counters.use(1000)
+        counters.use(-900)
+        with pytest.raises(torch.OutOfMemoryError), measure_memory(device="cuda:0") as inner:  # noqa: PT012
+            counters.use(300)
+            counters.use(-350)
+            raise torch.OutOfMemoryError
+        counters.use(10)
+    assert (inner.start_bytes, inner.peak_bytes, inner.end_bytes, inner.reserved_bytes) == (100, 400, 50, 800)
+    assert (outer.start_bytes, outer.peak_bytes, outer.end_bytes, outer.reserved_bytes) == (0, 1000, 60, 2000)
+    with measure_memory(device="cuda:0") as later:
+        pass
+    assert later.peak_bytes == 60
+    assert not DeviceCounters._running
+
+
+@pytest.mark.parametrize(
+    ("device", "error", "said"),
+    [
+        ("gpu", TypeError, 'such as "cpu" or "cuda", but \'gpu\' was given'),
+        ("xpu", ValueError, "no xpu here, only cpu, cuda:0, cuda:1: name one of these"),
+        ("cuda:2", ValueError, "no cuda:2 here"),
+        ("cuda", NotImplementedError, "cuda does not count its memory in torch 2"),
+    ],
+)
+def test_a_device_that_is_of_no_use_is_refused(device, error, said, counters, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda device: -1)
+    with pytest.raises(error, match=said):
+        measure_memory(device=device)
+
+
+def test_without_an_accelerator_there_is_none(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
+    with pytest.raises(ValueError, match="There is no cuda here, only cpu: name"):
+        measure_memory(device="cuda")
+    with measure_memory(device="cpu") as memory:
+        torch.zeros(2)
+    assert (memory.peak_bytes, memory.reserved_bytes) == (8, None)
+
+
+def on_a_pretended_device():
+    """Run in a process of its own: torch keeps a backend for good. Tensors have a device there, but no data."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils import backend_registration
+
+    backend_registration._setup_privateuseone_for_python_backend("pretended")
+
+    def make(device):
+        model = nn.Sequential(nn.Linear(10, 20, device=device), nn.Tanh(), nn.Linear(20, 5, device=device))
+        return model, torch.optim.Adam(model.parameters(), foreach=False), torch.ones(8, 10, device=device)
+
+    def step(model, optimizer, batch):
+        model(batch.to(model[0].weight.device)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with FakeTensorMode():
+        built = make("pretended")
+        with pytest.raises(NotImplementedError, match="pretended does not count its memory"):
+            measure_memory(*built)  # in truth, as torch's counters are told of no allocator
+        counters = Counters()
+        vars(torch.accelerator).update(counters.stand_in("pretended") | {"current_device_index": lambda: 0})
+        measured = []
+        for _ in range(2):
+            with measure_memory(*built, timeline=True) as memory:
+                counters.use(70)
+                step(*built)
+            assert memory.peak_bytes == counters.held
+            timeline(memory)
+            measured.append(memory)
+        *others, _ = built
+        with pytest.raises(ValueError, match="lie on cpu and pretended:0: name one of them, device='pretended:0'"):
+            measure_memory(*others, torch.ones(2))
+        with measure_memory(*others, torch.ones(2), device="pretended", roles=True) as both:
+            elsewhere = torch.ones(3), torch.ones(3, device="meta")
+            elsewhere[0].to("pretended")
+        assert both.at_peak["inputs"] == 0
+        assert both.at_peak["activations"] == 12
+        with pytest.raises(NotImplementedError, match="on pretended:0: name the device"), measure_memory():
+            torch.ones(3, device="pretended")
+        with pytest.raises(NotImplementedError, match="dense tensors, not one in"):
+            measure_memory(torch.ones(2, 2).to_sparse(), device="cpu")
+    predicted = predict_memory(partial(make, "cpu"), step, device="cpu")
+    return measured, [predicted.first, predicted]
+
+
+def test_tensors_on_a_device_are_followed_as_on_the_cpu():
+    if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
+        pytest.skip("this torch cannot pretend to have a device")
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        measured, predicted = process.submit(on_a_pretended_device).result()
+    for there, here in zip(measured, predicted, strict=True):
+        counters = 4 * 4  # Adam's, which stay on the host
+        assert there.at_peak == here.at_peak | {"optimizer state": here.at_peak["optimizer state"] - counters}
+        assert [one[1:] for one in there.largest][:5] == [one[1:] for one in here.largest][:5]

@@ -1,5 +1,6 @@
 """What is predicted, against the measurement of real updates, closed forms, and every micro-batch tried."""
 
+import copy
 import sys
 from functools import partial
 from itertools import product
@@ -8,6 +9,7 @@ import numpy
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
@@ -149,8 +151,68 @@ def hooked_step(model, batch):
     out.sum().backward()
 
 
-@pytest.mark.parametrize(("make", "step"), [(amp, amp_step), (hooked, hooked_step)])
-def test_scaler_clipping_hooks_views_and_numpy(make, step):
+def copies():
+    model = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6))
+    model[0].weight.register_hook(lambda gradient: gradient * 2)
+    model[1].register_full_backward_hook(lambda module, given, gradients: (given[0] + 1,))
+    return model, torch.optim.swa_utils.AveragedModel(model), torch.ones(3, 6)
+
+
+def copies_step(model, average, batch):
+    copy.deepcopy(model)(batch).sum().backward()
+    model(batch).sum().backward()
+    average.update_parameters(model)
+
+
+@pytest.mark.parametrize(("make", "step"), [(amp, amp_step), (hooked, hooked_step), (copies, copies_step)])
+def test_scaler_clipping_hooks_views_numpy_and_copies(make, step):
+    predicted = predict_memory(make, step, device="cpu")
+    assert [whole(predicted.first), whole(predicted)] == measured(make(), step)
+
+
+MORE_OPTIMIZERS = {
+    "nesterov": partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "rmsprop": partial(torch.optim.RMSprop, centered=True, momentum=0.9),
+    "adamw amsgrad": partial(torch.optim.AdamW, amsgrad=True, maximize=True),
+    "adam tensor lr": lambda parameters, **options: torch.optim.Adam(parameters, lr=torch.tensor(0.1)),
+    **{
+        name: getattr(torch.optim, name)
+        for name in ("Adagrad", "Adafactor", "NAdam", "RAdam", "Adadelta", "Adamax", "ASGD", "Rprop")
+    },
+}
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("optimizer", MORE_OPTIMIZERS)
+def test_further_optimizers(optimizer, foreach):
+    def make():
+        weights = nn.ParameterList([torch.ones(20, 30), torch.ones(30)])
+        return weights, MORE_OPTIMIZERS[optimizer](weights, foreach=foreach), torch.ones(4, 20)
+
+    def step(weights, optimizer, batch):
+        (batch @ weights[0] + weights[1]).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    predicted = predict_memory(make, step, device="cpu", timeline=True)
+    assert [whole(predicted.first), whole(predicted)] == measured(make(), step)
+    with measure_memory(*(built := make()), timeline=True) as memory:
+        step(*built)
+    assert (predicted.first.timeline, predicted.first.largest) == (memory.timeline, memory.largest)
+    assert max(map(sum, zip(*predicted.timeline.values(), strict=True))) == predicted.peak_bytes
+
+
+LOSSES = ["mse_loss", "smooth_l1_loss", "soft_margin_loss", "binary_cross_entropy", "huber_loss", "l1_loss"]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_losses_that_keep_the_memory_of_all_elements(loss, reduction):
+    def step(x, y):
+        kept = getattr(functional, loss)(x, y, reduction=reduction)
+        torch.autograd.grad(kept.sum(), x)
+
+    make = lambda: (torch.full((5, 7), 0.5, requires_grad=True), torch.ones(5, 7))  # noqa: E731
     predicted = predict_memory(make, step, device="cpu")
     assert [whole(predicted.first), whole(predicted)] == measured(make(), step)
 
@@ -236,6 +298,15 @@ def test_measuring_around_it_counts_nothing_of_it():
     assert memory.peak_bytes == 0
 
 
+KEPT = []  # of another prediction
+predict_memory(lambda: KEPT.append(torch.ones(3)), lambda nothing: None, device="cpu")
+
+
+def lbfgs():
+    weight = nn.Parameter(torch.ones(3))
+    return weight, torch.optim.LBFGS([weight])
+
+
 REAL = nn.Linear(3, 3)
 COMPILED = torch.compile(lambda x: x + 1)
 
@@ -253,6 +324,15 @@ def batch():
         (batch, batch, "mps", NotImplementedError, "not for 'mps'"),
         (lambda: (nn.LSTM(3, 3), batch()), lambda m, x: m(x), "cuda", NotImplementedError, "lstm"),
         (lambda: (nn.RNNCell(3, 3), batch()), lambda m, x: m(x), "cpu", NotImplementedError, "rnn_tanh_cell"),
+        (
+            lambda: nn.EmbeddingBag(3, 3),
+            lambda m: m(torch.ones(2, 3).long()),
+            "cpu",
+            NotImplementedError,
+            "embedding_bag",
+        ),
+        (lbfgs, lambda weight, optimizer: optimizer.step(weight.sum), "cpu", NotImplementedError, "LBFGS is not"),
+        (batch, lambda x: x + KEPT[0], "cpu", ValueError, r"shape \(3,\) made outside"),
         (lambda: torch.compile(REAL), REAL, "cpu", NotImplementedError, "leave torch.compile out"),
         (lambda: nn.Linear(3, 3).compile(), REAL, "cpu", NotImplementedError, "leave torch.compile out"),
         (batch, COMPILED, "cpu", NotImplementedError, "leave torch.compile out"),
@@ -346,3 +426,41 @@ def test_a_plan_refuses_what_is_of_no_use(changed, error, said):
     given = {"build": partial(build, "mlp", "sgd"), "step": plain, "effective_batch": 4, "budget": "1 GB"} | changed
     with pytest.raises(error, match=said):
         plan_micro_batches(given.pop("build"), given.pop("step"), **given)
+
+
+@pytest.fixture(params=[1e-9, 1e9], ids=["long", "short"])
+def bars(request, monkeypatch):
+    """Let every prediction count as long, or as short; the bars that are made, and whether they show."""
+    tqdm, bars = pytest.importorskip("tqdm"), []
+
+    class Bar(tqdm.tqdm):
+        def __init__(self, **options):
+            assert options["delay"] == 2
+            super().__init__(**options | {"delay": request.param, "mininterval": 0, "ncols": 300, "disable": False})
+            bars.append(self)
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    return bars, request.param < 1
+
+
+def test_a_long_prediction_shows_its_progress(bars, capsys):
+    bars, long = bars
+    predict_memory(partial(build, "mlp", "sgd", [4]), plain)
+    shown = capsys.readouterr().err
+    assert bars[0].n > 20
+    assert ("predicting" in shown) == long
+    assert shown.rstrip("\r").rpartition("\r")[2].strip() == ""  # gone
+    found = plan_micro_batches(partial(build, "mlp", "sgd"), plain, effective_batch=9, budget=61_000)
+    shown = capsys.readouterr().err
+    assert (f"micro_batch={found.micro_batch}" in shown) == long
+    assert (f"last_peak={found.next_micro_batch_peak_bytes:,} bytes" in shown) == long
+    assert long or not shown
+    assert len(bars) == 2  # one bar for the whole plan
+    assert {bar.disable for bar in bars} == {True}  # closed
+
+
+def test_no_prediction_needs_tqdm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    make = partial(build, "mlp", "sgd")
+    assert predict_memory(partial(make, [4]), plain).peak_bytes > 0
+    assert plan_micro_batches(make, plain, effective_batch=4, budget="1 GB").sizes == (4,)

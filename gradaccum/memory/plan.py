@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from gradaccum.memory.predict import PredictedMemory, _device_type, _start_bytes, predict_memory
+from gradaccum.memory.device import predicted_type
+from gradaccum.memory.predict import PredictedMemory, _predict, _start_bytes, progress
 
 
 @dataclass(frozen=True, repr=False)
@@ -65,7 +66,8 @@ def plan_micro_batches(
     for all of that size: what one more adds to the peak is its inputs, which are counted for the whole window, and
     what `step` keeps of it, which is the same for each (tested against whole windows, to the byte). The answer and
     the size above it are both predicted. Between them and elsewhere it is assumed that a larger micro-batch needs
-    no less memory, of windows with as many or with fewer micro-batches.
+    no less memory, of windows with as many or with fewer micro-batches. Where tqdm is installed, a plan that takes
+    more than two seconds shows its progress: the micro-batch being tried and the last peak predicted.
 
     Args:
         build: called with the sizes of a window's micro-batches, a list of ints; makes the model, the optimizer
@@ -105,19 +107,25 @@ def plan_micro_batches(
         raise (ValueError if type(effective_batch) is int else TypeError)(f"{given}: the samples of one update.")
     if not callable(build):
         raise TypeError(f"build must be a function of a list of sizes, but {build!r:.80} was given.")
-    limit, kind = _budget_bytes(budget), _device_type(device)
-    search = _Search(build, step, effective_batch, limit, kind)
+    if not callable(step):
+        raise TypeError(f"step must be a function, but {step!r:.80} was given.")
+    limit, kind = _budget_bytes(budget), predicted_type(device)
+    with progress("planning") as tick:
+        return _plan(_Search(build, step, effective_batch, limit, kind, tick))
+
+
+def _plan(search: _Search) -> MicroBatchPlan:
     best = search.largest()
     if not best:
-        report = search.report((search.least,) * min(2, effective_batch))
+        report = search.report((search.least,) * min(2, search.effective_batch))
         at_peak = max(report, report.first, key=lambda one: one.peak_bytes).at_peak
         role = max(at_peak, key=lambda name: at_peak[name])
         raise ValueError(
-            f"Not even micro-batches of {search.least} fit: the peak is {search.peak(search.least):,} bytes on {kind}, "
-            f"the budget {limit:,}; most of it is {role}, {at_peak[role]:,} bytes."
+            f"Not even micro-batches of {search.least} fit: the peak is {search.peak(search.least):,} bytes on "
+            f"{search.device}, the budget {search.limit:,}; most of it is {role}, {at_peak[role]:,} bytes."
         )
-    following = search.peak(best + 1) if best < effective_batch else None
-    return MicroBatchPlan(best, search.sizes(best), search.peak(best), following, limit, kind)
+    following = search.peak(best + 1) if best < search.effective_batch else None
+    return MicroBatchPlan(best, search.sizes(best), search.peak(best), following, search.limit, search.device)
 
 
 def _budget_bytes(budget: int | str) -> int:
@@ -139,15 +147,16 @@ def _budget_bytes(budget: int | str) -> int:
 class _Search:
     """The predictions of one plan, each made once, and the search among them."""
 
-    def __init__(self, build: Any, step: Any, effective_batch: int, limit: int, device: str) -> None:
-        self._build, self._step, self._device = build, step, device
-        self._effective_batch, self._limit = effective_batch, limit
+    def __init__(self, build: Any, step: Any, effective_batch: int, limit: int, device: str, tick: Any) -> None:
+        self._build, self._step, self.device, self._tick = build, step, device, tick
+        self.effective_batch, self.limit = effective_batch, limit
         self.least = 1  # the micro-batch that needs the least; `largest` may find that it is a larger one
+        self._state: dict[str, object] = {}  # shown as the progress
         self._reports: dict[tuple[int, ...], PredictedMemory] = {}
         self._starts: dict[tuple[int, ...], int] = {}
 
     def sizes(self, micro_batch: int) -> tuple[int, ...]:
-        whole, rest = divmod(self._effective_batch, micro_batch)
+        whole, rest = divmod(self.effective_batch, micro_batch)
         return (micro_batch,) * whole + (rest,) * (rest > 0)
 
     def peak(self, micro_batch: int) -> int:
@@ -166,24 +175,24 @@ class _Search:
 
     def largest(self) -> int:
         """Find the largest micro-batch that fits, or 0."""
-        whole = self._effective_batch
+        whole = self.effective_batch
         above_half = whole // 2 + 1
-        if self.peak(whole) <= self._limit:
+        if self.peak(whole) <= self.limit:
             return whole
         # Above the half the second micro-batch is smaller than the first, and the gradients kept from the first may
         # fit again: there the first one must fit, and then the window of both.
         at_half = self._starts_with(above_half) if above_half < whole else self.peak(whole)
-        if above_half < whole and at_half <= self._limit:
+        if above_half < whole and at_half <= self.limit:
             best = self._narrow(self._starts_with, {above_half: at_half}, above_half, whole, [whole - 1])
-            if self.peak(best) <= self._limit:
+            if self.peak(best) <= self.limit:
                 return best
         # Quickly, by windows of two; then what was found and its neighbour by the whole window.
-        while (least := self._of_two(self.least)) > self._limit:
+        while (least := self._of_two(self.least)) > self.limit:
             if 2 * self.least >= above_half or self._of_two(2 * self.least) >= least:
                 break
             self.least *= 2  # many small inputs, each rounded up, may need more than fewer larger ones
         known = {above_half: at_half, self.least: least}
-        near = self._narrow(self._of_two, known, self.least if least <= self._limit else 0, above_half, [])
+        near = self._narrow(self._of_two, known, self.least if least <= self.limit else 0, above_half, [])
         return self._narrow(self.peak, {}, 0, above_half, [near, near + 1, near - 1] if near else [self.least])
 
     def _narrow(
@@ -198,10 +207,10 @@ class _Search:
             # the middle is tried instead.
             elif fits in known and known[fits] < known.get(too_large, 0) and len(known) % 4:
                 slope = (known[too_large] - known[fits]) / (too_large - fits)
-                guess = min(max(fits + int((self._limit - known[fits]) / slope), fits + 1), too_large - 1)
+                guess = min(max(fits + int((self.limit - known[fits]) / slope), fits + 1), too_large - 1)
             if fits < guess < too_large:
                 known[guess] = peak(guess)
-                fits, too_large = (guess, too_large) if known[guess] <= self._limit else (fits, guess)
+                fits, too_large = (guess, too_large) if known[guess] <= self.limit else (fits, guess)
         return fits
 
     def _starts_with(self, micro_batch: int) -> int:
@@ -213,10 +222,14 @@ class _Search:
 
     def _start(self, sizes: tuple[int, ...]) -> int:
         if sizes not in self._starts:
-            self._starts[sizes] = _start_bytes(lambda: self._build(list(sizes)), self._device)
+            self._starts[sizes] = _start_bytes(lambda: self._build(list(sizes)), self.device, self._tick)
         return self._starts[sizes]
 
     def report(self, sizes: tuple[int, ...]) -> PredictedMemory:
         if sizes not in self._reports:
-            self._reports[sizes] = predict_memory(lambda: self._build(list(sizes)), self._step, device=self._device)
+            self._state["micro_batch"] = sizes[0]
+            self._tick(**self._state)
+            report = _predict(lambda: self._build(list(sizes)), self._step, self.device, self._tick)
+            self._state["last_peak"] = f"{max(report.peak_bytes, report.first.peak_bytes):,} bytes"
+            self._reports[sizes] = report
         return self._reports[sizes]

@@ -14,31 +14,26 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    FakeTensor,
     FakeTensorMode,
     UnsupportedOperatorException,
 )
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.overrides import TorchFunctionMode
 
 # Private: the one as in measure.py; the other so that a measure_memory around a prediction counts none of it.
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from gradaccum.memory.device import DeviceFunctions, predicted_type
 from gradaccum.memory.measure import MemoryReport, measure_memory
 
 CUDA_BLOCK: Final = 512  # the sizes that CUDA's caching allocator hands out are multiples of this
-# Fused kernels with workspaces that nothing outside of them can see.
-_RECURRENT: Final = {kind + cell for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu") for cell in ("", "_cell")}
-# What autocast computes in float32 on CUDA and not on a CPU; the names of functions, tensor methods too.
-# fmt: off
-_FLOAT32: Final = {
-    "layer_norm", "native_layer_norm", "group_norm", "softmax", "log_softmax", "softmin", "logsumexp",
-    "softplus", "cross_entropy", "nll_loss", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div",
-    "binary_cross_entropy_with_logits", "cosine_similarity", "exp", "expm1", "log", "log1p", "log2", "log10",
-    "pow", "__pow__", "rsqrt", "reciprocal", "norm", "cumsum", "cumprod", "prod", "cdist",
-}
-# fmt: on
 _aten = torch.ops.aten
+# On a CPU and on CUDA these reduce into the memory of the loss of each element, and keep all of it.
+_KEEP_ALL: Final = {
+    _aten.mse_loss.default,
+    _aten.smooth_l1_loss.default,
+    _aten.soft_margin_loss.default,
+    _aten.binary_cross_entropy.default,
+}
 
 
 class PredictedMemory(MemoryReport):
@@ -62,7 +57,11 @@ class PredictedMemory(MemoryReport):
 
 
 def predict_memory(
-    build: Callable[[], Any], step: Callable[..., object], *, device: str | torch.device = "cuda"
+    build: Callable[[], Any],
+    step: Callable[..., object],
+    *,
+    device: str | torch.device = "cuda",
+    timeline: bool = False,
 ) -> PredictedMemory:
     """Predict what an update holds in memory on `device`, without allocating it and without having the device.
 
@@ -77,13 +76,15 @@ def predict_memory(
     that no gradient overflowed. Not counted: memory within a kernel and workspaces of libraries (cuBLAS), the
     CUDA context, what the allocator holds beyond the blocks in use, tensors in objects that `build` returns other
     than modules, optimizers, tensors and lists, tuples and dicts of them. While it runs, no other thread should
-    use autocast, GradScaler or `Module.to`, which are replaced for the while.
+    use autocast, GradScaler or `Module.to`, which are replaced for the while. Where tqdm is installed, a prediction
+    of more than two seconds shows its progress.
 
     Args:
         build: makes everything afresh, without arguments: the model, the optimizer, the data. It may return a
             tuple or a list; anything else is passed to `step` as its one argument.
         step: one update, called as `step(*built)`; what it returns is dropped.
         device: "cuda" or "cpu".
+        timeline: report both updates' `timeline` too, which keeps a record of every storage.
 
     Returns:
         A `PredictedMemory`: the `MemoryReport` of the second update, and in `first` that of the first.
@@ -91,8 +92,9 @@ def predict_memory(
     Raises:
         TypeError: `build` or `step` is not callable, or `device` is no device.
         ValueError: a tensor made outside of `build` and `step` is used in them.
-        NotImplementedError: no number can be given: another device, recurrent layers, compiled code, sparse
-            tensors, a shape that depends on values, an operation that torch cannot run without data.
+        NotImplementedError: no number can be given: another device, recurrent layers, `nn.EmbeddingBag`, LBFGS,
+            compiled code, sparse tensors, a shape that depends on values, an operation that torch cannot run
+            without data.
         Exception: what `build` and `step` raise passes through.
 
     Example:
@@ -111,12 +113,18 @@ def predict_memory(
         if not callable(function):
             given = f"{name} must be a function, but {function!r:.80} is of type {type(function).__name__}"
             raise TypeError(f"{given}: give the function itself, not what it returns.")
-    kind = _device_type(device)
-    with _without_data(kind) as follow:
+    with progress("predicting") as tick:
+        return _predict(build, step, predicted_type(device), tick, timeline)
+
+
+def _predict(
+    build: Callable[[], Any], step: Callable[..., object], kind: str, tick: Callable[[], None], timeline: bool = False
+) -> PredictedMemory:
+    with _without_data(kind, tick) as follow:
         built = _tuple(build())
         reports = []
         for _ in range(2):
-            with follow(built) as report:
+            with follow(built, timeline) as report:
                 step(*built)
             reports.append(report)
     predicted = PredictedMemory()
@@ -124,54 +132,66 @@ def predict_memory(
     return predicted
 
 
-def _start_bytes(build: Callable[[], Any], device: str) -> int:
+def _start_bytes(build: Callable[[], Any], device: str, tick: Callable[[], None]) -> int:
     """Return what `build` would make `predict_memory` start with, in bytes, without a step."""
-    with _without_data(device) as follow:
+    with _without_data(device, tick) as follow:
         built = _tuple(build())  # kept while it is counted
         with follow(built) as report:
             return report.start_bytes
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[..., None]]:
+    """Give a function to call at each operation; where tqdm is installed a bar shows after two seconds, until the end.
+
+    Example:
+        >>> with progress("predicting") as tick:
+        ...     tick(micro_batch=8)
+    """
+    try:
+        from tqdm import tqdm  # the plain one: a widget would stay behind in the notebook's file
+    except ImportError:
+        yield lambda **state: None
+        return
+    with tqdm(desc=what, unit=" operations", delay=2, leave=False, miniters=1) as bar:
+
+        def tick(**state: object) -> None:
+            if state:
+                bar.set_postfix(state, refresh=False)
+            bar.update()
+
+        yield tick
 
 
 def _tuple(built: object) -> tuple[Any, ...]:
     return tuple(built) if isinstance(built, tuple | list) else (built,)
 
 
-def _device_type(device: object) -> str:
-    """Return "cpu" or "cuda", or refuse the device in one sentence."""
-    try:
-        kind = torch.device(device).type  # type: ignore[call-overload]
-    except (RuntimeError, TypeError):
-        raise TypeError(f'device must be "cuda" or "cpu", but {device!r:.80} was given.') from None
-    if kind not in ("cpu", "cuda"):
-        raise NotImplementedError(f'Memory is predicted for "cuda" and "cpu", not for {kind!r}: give one of the two.')
-    return str(kind)
-
-
 @contextmanager
-def _without_data(device: str) -> Iterator[Callable[[tuple[object, ...]], measure_memory]]:
+def _without_data(device: str, tick: Callable[[], None]) -> Iterator[Callable[..., measure_memory]]:
     """Let the block's tensors have no data; give what makes a `measure_memory` that counts as `device` would."""
     with ExitStack() as stack:
         stack.enter_context(_disable_current_modes())
         stack.enter_context(torch.random.fork_rng(devices=[]))  # a seed set in `build` is not left behind
         stack.enter_context(_replaced(device))
         fakes = stack.enter_context(FakeTensorMode())
-        stack.enter_context(_Functions(device))
-        operations = stack.enter_context(_Operations(device, fakes))
+        stack.enter_context(DeviceFunctions(device))
+        operations = stack.enter_context(_Operations(device, fakes, tick))
         stack.callback(register_optimizer_step_pre_hook(operations.before_step).remove)
         stack.callback(register_optimizer_step_post_hook(operations.after_step).remove)
-        yield lambda built: _Follow(device, operations.elsewhere, built)
+        yield lambda built, timeline=False: _Follow(device, operations.elsewhere, built, timeline)
 
 
 class _Follow(measure_memory):  # type: ignore[no-untyped-call]
-    def __init__(self, device: str, elsewhere: weakref.WeakSet[torch.UntypedStorage], built: tuple[object, ...]):
+    def __init__(self, device: str, elsewhere: weakref.WeakSet[torch.UntypedStorage], built: object, timeline: bool):
         self._block, self._elsewhere = CUDA_BLOCK if device == "cuda" else 1, elsewhere
-        super().__init__(*_followed(built))
+        super().__init__(*_followed(built), device="cpu", timeline=timeline)
 
     def _size(self, storage: torch.UntypedStorage) -> int:
         return -(-storage.nbytes() // self._block) * self._block
 
-    def _is_new(self, storage: torch.UntypedStorage) -> bool:
-        return storage not in self._elsewhere and super()._is_new(storage)
+    def _is_new(self, storage: torch.UntypedStorage, *made: Any) -> bool:
+        return storage not in self._elsewhere and super()._is_new(storage, *made)
 
 
 def _followed(built: object) -> list[Any]:
@@ -185,13 +205,14 @@ def _followed(built: object) -> list[Any]:
 class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Answer reads of values, refuse what has no answer, and note what is not on the device."""
 
-    def __init__(self, device: str, fakes: FakeTensorMode) -> None:
+    def __init__(self, device: str, fakes: FakeTensorMode, tick: Callable[[], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._device, self._fakes, self._stepping = device, fakes, False
+        self._device, self._fakes, self._tick, self._stepping = device, fakes, tick, False
         self.elsewhere = weakref.WeakSet[torch.UntypedStorage]()
         self._overflows = weakref.WeakSet[torch.UntypedStorage]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._tick()
         try:
             result = func(*args, **(kwargs or {}))
         except DataDependentOutputException as error:
@@ -206,7 +227,8 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         except UnsupportedOperatorException as error:
             raise NotImplementedError(f"torch does not know the shapes that {func} makes.") from error
         except AssertionError as error:
-            real = next((x for x in _followed([args, kwargs]) if not isinstance(x, FakeTensor)), None)
+            foreign = (x for x in _followed([args, kwargs]) if getattr(x, "fake_mode", None) is not self._fakes)
+            real = next(foreign, None)
             if real is None:
                 raise
             shape = f"A tensor of shape {tuple(real.shape)} made outside of build was used in {func}"
@@ -216,11 +238,18 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._stepping if self._device == "cuda" else not args[0].untyped_storage().resizable()  # NumPy's
         ):
             self.elsewhere.add(result.untyped_storage())
+        elif func in _KEEP_ALL and not result.dim():
+            shape = torch.broadcast_shapes(args[0].shape, args[1].shape)  # type: ignore[no-untyped-call]
+            result = result.new_empty(shape).resize_(())
         elif func is _aten._amp_foreach_non_finite_check_and_unscale_.default:
             self._overflows.add(args[1].untyped_storage())
         return result
 
     def before_step(self, optimizer: torch.optim.Optimizer, *call: object) -> None:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise NotImplementedError(
+                "LBFGS is not predicted: how often it evaluates and what it keeps is up to values."
+            )
         self._stepping = True
         for group in optimizer.param_groups if self._device == "cuda" else ():
             alone = group.get("differentiable") or (isinstance(group["lr"], Tensor) and not group.get("capturable"))
@@ -229,41 +258,6 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def after_step(self, optimizer: torch.optim.Optimizer, *call: object) -> None:
         self._stepping = False
-
-
-class _Functions(TorchFunctionMode):
-    """Map the names of devices and the functions that keep something else on CUDA; refuse recurrent layers."""
-
-    def __init__(self, device: str) -> None:
-        super().__init__()
-        self._cuda = device == "cuda"
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
-        if name in _RECURRENT:
-            raise NotImplementedError(f"The memory of {name} is not predicted: its kernels hold some out of sight.")
-        if not self._cuda:
-            return func(*args, **kwargs)
-        if name in ("cuda", "pin_memory"):
-            return args[0]
-        if func is torch.device and _host(args[0], "device") == "cpu":
-            return torch.device("cpu")  # without the number of a device
-        place = "device" if name == "to" else ""  # x.to(0)
-        args, kwargs = [_host(x, place) for x in args], {key: _host(x, key) for key, x in kwargs.items()}
-        if name in _FLOAT32 and torch.is_autocast_enabled("cpu"):
-            low = torch.bfloat16, torch.float16
-            args = [x.float() if isinstance(x, Tensor) and x.dtype in low else x for x in args]
-        elif name == "dropout" and isinstance(args[0], Tensor):
-            options = dict(zip(("input", "p", "training", "inplace"), args, strict=False)) | kwargs
-            p, training = options.get("p", 0.5), options.get("training", options.get("train", True))
-            if training and 0 < p < 1 and not options.get("inplace"):
-                return torch.native_dropout(args[0], p, True)[0]  # keeps a mask of bytes, as on CUDA
-        return func(*args, **kwargs)
-
-
-def _host(value: Any, key: str = "") -> Any:
-    named = (isinstance(value, str) and value.partition(":")[0] == "cuda") or (key == "device" and type(value) is int)
-    return "cpu" if named or (isinstance(value, torch.device) and value.type == "cuda") else value
 
 
 @contextmanager
