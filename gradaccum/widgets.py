@@ -128,7 +128,8 @@ def progress(items: Iterable[Item], description: str) -> Iterator[Item]:
     """
     shown = display(HTML(""), display_id=True)
     try:
-        yield from tqdm(items, desc=description, file=_Shown(shown), mininterval=0.2, ascii=" -", ncols=70)
+        bar = {"mininterval": 0.2, "ascii": " -", "ncols": 70, "disable": False}  # it leaves no output behind
+        yield from tqdm(items, desc=description, file=_Shown(shown), **bar)
     finally:
         shown.update(HTML(""))
 

@@ -1,6 +1,7 @@
 """What all tests share: how hypothesis and matplotlib behave, the order of the files, and that no run leaves a file."""
 
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -8,11 +9,16 @@ import pytest
 from hypothesis import settings
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+TESTS = Path(__file__).parent
+sys.path[:0] = [str(NOTEBOOKS / "source"), str(TESTS), str(TESTS / "answers")]  # the builder, and what tests share
 WAS_THERE = pytest.StashKey[dict[str, tuple[int, int]]]()
 
 # A slow machine is no failure. In CI the same examples run each time, so that red means a change and not luck.
 settings.register_profile("gradaccum", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("gradaccum")
+
+# The lessons' kernels inherit it: where a busy machine slows a prediction down, nbval must not find a bar.
+os.environ["TQDM_DISABLE"] = "1"
 
 # The tests draw without a screen. Not through MPLBACKEND: the notebooks' kernels would inherit it and show no figure.
 os.environ.pop("MPLBACKEND", None)

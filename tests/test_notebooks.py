@@ -7,7 +7,6 @@ cell, a section alone, another number of threads or an older processor give the 
 
 import ast
 import copy
-import importlib.util
 import os
 import re
 import sys
@@ -15,6 +14,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import build
 import nbformat
 import psutil
 import pytest
@@ -27,10 +27,6 @@ START = "00_start_here"
 LESSONS = [START, "01_naive_loop", "02_accumulate", "03_normalize", "04_windows", "05_unequal_micro_batches"]
 LESSONS += ["06_gpu_memory"]
 LIVE = {"predict", "explore"}  # the calls that show a live view
-
-specification = importlib.util.spec_from_file_location("make_notebooks", NOTEBOOKS / "source" / "build.py")
-build = importlib.util.module_from_spec(specification)
-specification.loader.exec_module(build)
 
 
 class Lesson:

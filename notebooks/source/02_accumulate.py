@@ -263,4 +263,6 @@ figure
 #
 # </details>
 #
+# **Exercises**, which grade themselves: [say what `.grad` holds, find the gradients that got lost, and write the delayed step](exercises/02_accumulate.ipynb).
+#
 # **Next**: the gradient is four times too large. Lesson 3 mends it with one line, and then asks why almost nobody would notice without that line.

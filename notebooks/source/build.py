@@ -1,8 +1,11 @@
-"""Make the notebooks of this course from their sources: run each in a fresh kernel and keep what it shows.
+"""Make the notebooks of this course from their sources.
 
-    python notebooks/source/build.py                     # all of them
-    python notebooks/source/build.py 01_naive_loop       # one
-    python notebooks/source/build.py --check             # compare with the sources, run nothing
+    python notebooks/source/build.py                            # all of them
+    python notebooks/source/build.py 01_naive_loop              # one lesson
+    python notebooks/source/build.py exercises/03_normalize     # one exercise notebook
+    python notebooks/source/build.py --check                    # compare with the sources, run nothing
+
+A lesson is run in a fresh kernel and keeps what it shows. From an exercise the answers are taken out (release.py).
 
 A source is jupytext's py:percent. Each cell opens with its name, `# %% setup` or `# %% the-promise [markdown]`, which
 becomes the cell's id, so that a link, a comment and a review find the same cell after every change.
@@ -21,6 +24,7 @@ from pathlib import Path
 
 import jupytext
 import nbformat
+import release
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
@@ -43,8 +47,31 @@ class SourceError(ValueError):
 
 
 def sources() -> dict[str, Path]:
-    """Find the sources: NN_name.py, by stem."""
-    return {path.stem: path for path in sorted(SOURCE.glob("[0-9][0-9]_*.py"))}
+    """Find the sources by name: NN_name of a lesson, exercises/NN_name of its exercises."""
+    lessons = sorted(SOURCE.glob("[0-9][0-9]_*.py"))
+    found = [*lessons, *sorted(SOURCE.glob("exercises/[0-9][0-9]_*.py"))]
+    return {name_of(path): path for path in found}
+
+
+def made_from(path: Path) -> Path:
+    """Say where the notebook of a source lies."""
+    return (NOTEBOOKS / path.relative_to(SOURCE)).with_suffix(".ipynb")
+
+
+def name_of(path: Path) -> str:
+    """Name a source or a notebook: 01_naive_loop, exercises/01_naive_loop."""
+    return f"exercises/{path.stem}" if is_exercise(path) else path.stem
+
+
+def is_exercise(path: Path) -> bool:
+    """Tell the source of exercises from that of a lesson."""
+    return path.parent.name == "exercises"
+
+
+def expected(path: Path) -> NotebookNode:
+    """Read what a source makes, without outputs; running it is not needed."""
+    notebook = read_source(path)
+    return release.released(release.marked(notebook)) if is_exercise(path) else notebook
 
 
 def read_source(path: Path) -> NotebookNode:
@@ -103,6 +130,7 @@ def kernel(notebook: NotebookNode, **environment: str) -> Iterator[NotebookClien
     inherited = {
         name: value for name, value in os.environ.items() if name != "MPLBACKEND"
     }  # figures are inline
+    inherited["TQDM_DISABLE"] = "1"  # a bar shows where a machine is slow: it is no output to keep
     with client.setup_kernel(
         cleanup_kc=True, cwd=str(NOTEBOOKS), env=inherited | environment
     ):
@@ -142,16 +170,16 @@ def build(path: Path) -> NotebookNode:
 
 def differences(path: Path) -> list[str]:
     """Say where a committed notebook does not match its source, outputs apart. Nothing is run."""
-    made = NOTEBOOKS / f"{path.stem}.ipynb"
+    made, wanted = made_from(path), expected(path)
     if not made.exists():
         return [f"{made.name} is missing"]
-    text, expected = made.read_text(encoding="utf-8"), read_source(path)
+    text = made.read_text(encoding="utf-8")
     try:
         found = nbformat.reads(text, as_version=4)
     except (nbformat.reader.NotJSONError, nbformat.ValidationError) as error:
         return [f"{made.name} is no notebook: {str(error).splitlines()[0]}"]
     names, committed = (
-        [cell.id for cell in expected.cells],
+        [cell.id for cell in wanted.cells],
         [cell.get("id", "no id") for cell in found.cells],
     )
     problems = [f"cell {name!r} is missing" for name in names if name not in committed]
@@ -160,13 +188,13 @@ def differences(path: Path) -> list[str]:
     ]
     if not problems and names != committed:
         problems.append("the cells stand in another order, or one stands twice")
-    ours = {cell.id: cell for cell in expected.cells}
+    ours = {cell.id: cell for cell in wanted.cells}
     for cell in found.cells:
         for key in ("cell_type", "source", "metadata", "attachments"):
             if cell.get("id") in ours and cell.get(key) != ours[cell.id].get(key):
                 problems.append(f"cell {cell.id!r} has another {key}")
     for key in ("metadata", "nbformat", "nbformat_minor"):
-        if found[key] != expected[key]:
+        if found[key] != wanted[key]:
             problems.append(f"the notebook has another {key}")
     if text != nbformat.writes(found) + "\n":
         problems.append("the file is laid out by another program")
@@ -186,11 +214,11 @@ def write(notebook: NotebookNode, path: Path) -> int:
 def make(path: Path) -> list[str]:
     """Make one notebook and say so."""
     started = time.perf_counter()
-    notebook = build(path)
-    size = write(notebook, NOTEBOOKS / f"{path.stem}.ipynb")
+    notebook = expected(path) if is_exercise(path) else build(path)
+    size = write(notebook, made_from(path))
     seconds = time.perf_counter() - started
     print(
-        f"{path.stem}: {len(notebook.cells)} cells, {seconds:.1f} s, {size:,} bytes",
+        f"{name_of(path)}: {len(notebook.cells)} cells, {seconds:.1f} s, {size:,} bytes",
         flush=True,
     )
     return []
@@ -199,31 +227,49 @@ def make(path: Path) -> list[str]:
 def check(path: Path) -> list[str]:
     """Compare one notebook with its source and say so."""
     problems = differences(path)
-    print("\n".join(problems) or f"{path.stem}: as its source says")
+    print("\n".join(problems) or f"{name_of(path)}: as its source says")
     return problems
+
+
+def answers() -> str:
+    """Collect the worked solutions of all exercises, as the module keeps them."""
+    paths = [path for path in sources().values() if is_exercise(path)]
+    return release.answers(
+        [(release.marked(read_source(path)), expected(path)) for path in paths]
+    )
+
+
+def keep_answers(act: Callable[[Path], list[str]]) -> list[str]:
+    """Write the worked solutions, or compare them."""
+    if act is make:
+        release.ANSWERS.write_text(answers(), encoding="utf-8")
+        return []
+    if release.ANSWERS.exists() and release.ANSWERS.read_text("utf-8") == answers():
+        return []
+    problem = f"{release.ANSWERS.name}: does not hold the answers of the sources"
+    print(problem)
+    return [problem]
 
 
 def main(names: list[str], act: Callable[[Path], list[str]] = make) -> int:
     """Make or check the named notebooks, or all of them; return the exit status."""
     known = sources()
-    stems = [Path(name).stem for name in names] or list(known)
+    chosen = [name_of(Path(name)) for name in names] or list(known)
     try:
-        if unknown := [stem for stem in stems if stem not in known]:
+        if unknown := [name for name in chosen if name not in known]:
             raise SourceError(
                 f"there is no source {unknown[0]!r}; there are: {', '.join(known) or 'none'}."
             )
-        problems = [problem for stem in stems for problem in act(known[stem])]
+        problems = [problem for name in chosen for problem in act(known[name])]
+        if any(is_exercise(known[name]) for name in chosen):
+            problems += keep_answers(act)
     except SourceError as error:
         print(error, file=sys.stderr)
         return 1
-    for orphan in (
-        []
-        if names
-        else sorted(
-            path.name for path in NOTEBOOKS.glob("*.ipynb") if path.stem not in known
-        )
-    ):
-        problems.append(f"{orphan}: has no source")
+    made = {made_from(path) for path in known.values()}
+    found = [*NOTEBOOKS.glob("*.ipynb"), *NOTEBOOKS.glob("exercises/*.ipynb")]
+    for orphan in [] if names else sorted(set(found) - made):
+        problems.append(f"{orphan.relative_to(NOTEBOOKS)}: has no source")
         print(problems[-1])
     return 1 if problems else 0
 

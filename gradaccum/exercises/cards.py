@@ -1,0 +1,146 @@
+"""How a learner sees the result of a check: a number for nbgrader, a card for people."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+
+from gradaccum.exercises.checking import Outcome, Result
+from gradaccum.exercises.question import Difference, Question
+
+# White on each is 5:1 or more, so that the badges can be read in JupyterLab's light and dark themes alike.
+GREEN, RED, GREY = "#1a7f37", "#b42318", "#57606a"
+
+
+class Score(float):
+    """The points of one check. Its text is the bare number, which nbgrader reads as partial credit.
+
+    Attributes:
+        outcome: what was tried, property by property.
+        report: the card as plain text.
+    """
+
+    outcome: Outcome
+
+    def __new__(cls, outcome: Outcome) -> Score:
+        """Make the number of the outcome's points."""
+        score = super().__new__(cls, outcome.points)
+        score.outcome = outcome
+        return score
+
+    def _repr_html_(self) -> str:
+        return _card(self.outcome)
+
+    @property
+    def report(self) -> str:
+        """Write the card as plain text."""
+        outcome = self.outcome
+        lines = [_headline(outcome), *([outcome.note] if outcome.note else [])]
+        for result in outcome.results:
+            lines += [f"  {_verdict(result)[0]:10} {result.name} ({_worth(result)})"]
+            lines += [f"             {line}" for line in _details(result)]
+        lines += [f"This looks like: {outcome.mistake}"] if outcome.mistake else []
+        return "\n".join(lines)
+
+
+def _headline(outcome: Outcome) -> str:
+    question = outcome.question
+    return f"Exercise {question.id}, {question.title}: {outcome.points} of {question.points} points"
+
+
+def _worth(result: Result) -> str:
+    if result.points == 0:
+        return "held in the given code"
+    return f"{result.points} point{'' if result.points == 1 else 's'}"
+
+
+def _verdict(result: Result) -> tuple[str, str]:
+    if result.passed is None:
+        return "NOT YET", GREY
+    return ("PASS", GREEN) if result.passed else ("FAIL", RED)
+
+
+def _details(result: Result) -> list[str]:
+    lines = [f"Tried: {result.tried}."] if result.passed is False else []
+    if result.problem:
+        lines.append(result.problem)
+    if difference := result.difference:
+        lines += _told(difference)
+    return lines
+
+
+def _told(difference: Difference) -> list[str]:
+    relation = f": {difference.relation}" if difference.relation else ""
+    return [f"Expected: {difference.expected}", f"Got: {difference.got}{relation}"]
+
+
+def _badge(text: str, colour: str) -> str:
+    style = f"background:{colour};color:#fff;border-radius:3px;padding:1px 6px;font-weight:bold;font-size:90%"
+    return f'<span style="{style}">{text}</span>'
+
+
+def _escaped(text: str) -> str:
+    """Escape a text for HTML, and show what stands between backticks as code."""
+    parts = html.escape(text).split("`")
+    if len(parts) % 2 == 0:  # one is left over, perhaps from the learner's own line
+        return "`".join(parts)
+    return "".join(f"<code>{part}</code>" if index % 2 else part for index, part in enumerate(parts))
+
+
+def _card(outcome: Outcome) -> str:
+    text = _escaped
+    full = outcome.points == outcome.question.points
+    rows = []
+    for result in outcome.results:
+        details = "".join(f"<div style='margin:2px 0'>{text(line)}</div>" for line in _details(result))
+        body = f"{text(result.name[:1].upper() + result.name[1:])} <i>({_worth(result)})</i>{details}"
+        rows.append(f"<li style='list-style:none;margin:6px 0'>{_badge(*_verdict(result))} {body}</li>")
+    parts = [f"<b>{text(_headline(outcome))}</b>"]
+    if outcome.note:
+        parts.append(f"<p>{text(outcome.note)}</p>")
+    parts.append(f"<ul style='padding-left:0;margin:6px 0'>{''.join(rows)}</ul>")
+    if outcome.mistake:
+        parts.append(f"<p><b>This looks like:</b> {text(outcome.mistake)}</p>")
+    if outcome.printed.strip():
+        shown = f"<pre style='white-space:pre-wrap'>{html.escape(outcome.printed)}</pre>"
+        parts.append(f"<details><summary>What your code printed</summary>{shown}</details>")
+    colour = GREEN if full else GREY if outcome.note else RED
+    style = f"border:1px solid {colour};border-left:6px solid {colour};padding:8px 12px;max-width:52em"
+    return f"<div role='status' style='{style}'>{''.join(parts)}</div>"
+
+
+class Scorecard:
+    """All the exercises of a lesson, with what was earned since the notebook was started; made by `scorecard`."""
+
+    def __init__(self, questions: Sequence[Question], scores: dict[str, Score]) -> None:
+        self.rows = [(each, scores.get(each.id)) for each in questions]
+        self.points = int(sum(scores.get(each.id, 0) for each in questions))
+        self.possible = sum(each.points for each in questions)
+
+    def next_step(self) -> str:
+        """Say what to do next, in one sentence."""
+        for question, score in self.rows:
+            if score is None:
+                return f"Next: {question.id}, {question.title}: run its check."
+            if score < question.points:
+                missing = next((r.name for r in score.outcome.results if not r.passed), "")
+                return f"Next: {question.id}, {question.title}. Not there yet: {missing}."
+        return "All of it. Go on with the next lesson."
+
+    def __repr__(self) -> str:
+        rows = [f"  {_reached(question, score):>8}  {question.id} {question.title}" for question, score in self.rows]
+        return "\n".join([f"{self.points} of {self.possible} points", *rows, self.next_step()])
+
+    def _repr_html_(self) -> str:
+        text, cell = html.escape, "style='text-align:left;padding:2px 12px 2px 0'"
+        rows = [
+            f"<tr><td {cell}>{question.id} {text(question.title)}</td><td {cell}>{_reached(question, score)}</td></tr>"
+            for question, score in self.rows
+        ]
+        bar = f"<progress max='{self.possible}' value='{self.points}' aria-label='points'></progress>"
+        head = f"<b>{self.points} of {self.possible} points</b> {bar}"
+        return f"<div>{head}<table>{''.join(rows)}</table><p>{text(self.next_step())}</p></div>"
+
+
+def _reached(question: Question, score: Score | None) -> str:
+    return "not checked" if score is None else f"{score:g} of {question.points}"

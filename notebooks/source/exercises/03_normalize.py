@@ -1,0 +1,198 @@
+# %% promise [markdown]
+# # Exercises 3. Normalize
+#
+# You write one normalized window, say what a summed loss needs, and write the test that notices a missing division.
+#
+# Three exercises, 11 points, about 35 minutes; [lesson 3](../03_normalize.ipynb) has all that they need.
+# Fill in a cell that ends in `raise NotImplementedError`, run it, and run its check.
+# A check tells you what it tried, and what went wrong; run it as often as you like.
+
+# %% setup
+import copy
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from gradaccum import exercises, relative_error
+from gradaccum.exercises import attempt, check
+
+# %% exercise-3-1 [markdown]
+# ## Exercise 3.1 One normalized window
+#
+# difficulty 2/5 | 10 minutes | 4 points
+#
+# This is the loop that you will write most often, and the one that libraries got wrong.
+#
+# Write `accumulate_window(model, micro_batches)`.
+# It leaves in `.grad` the gradient of the mean loss over the whole window, as one large batch would give it, and returns nothing.
+#
+# - `model` takes inputs of shape `(n, 3)` to logits of shape `(n, 3)`. Its gradients are empty when you get it.
+# - `micro_batches` is a list of pairs: inputs of shape `(n, 3)`, and targets of shape `(n,)`, as `cross_entropy` takes them. There may be any number of them; all have the same n.
+# - Hold one micro-batch's activations at a time. Do not change the weights.
+#
+# **Example.** With a model that has one weight, and a loss whose mean gradient is 2 for the first micro-batch and 4 for the second, `.grad` ends as 3.
+
+
+# %% answer-3-1
+def accumulate_window(model, micro_batches):
+    """Leave in .grad the gradient of the mean loss over all micro-batches."""
+    ### BEGIN SOLUTION
+    for inputs, targets in micro_batches:
+        loss = cross_entropy(model(inputs), targets) / len(micro_batches)
+        loss.backward()
+    ### END SOLUTION
+
+
+# %% try-3-1
+torch.manual_seed(0)
+model = nn.Linear(3, 3)
+inputs, targets = torch.randn(8, 3), torch.randint(3, (8,))
+attempt(
+    accumulate_window, model, [(inputs[:4], targets[:4]), (inputs[4:], targets[4:])]
+)
+print(model.bias.grad, "expected: 0.1044, -0.0239, -0.0806")
+
+# %% check-3-1
+check("3.1", accumulate_window)
+
+# %% hints-3-1 [markdown]
+# <details><summary>Where to look</summary>
+#
+# The first section of lesson 3: everything but one line is lesson 2's loop.
+#
+# </details>
+# <details><summary>Help: my gradient is exactly k times too large</summary>
+#
+# `backward()` adds to `.grad`, and each micro-batch's loss is already a mean.
+# What do k means have to be divided by to become one mean?
+#
+# </details>
+# <details><summary>Help: the gradient is right, but not the memory</summary>
+#
+# A loss keeps its graph, with all activations, until it has been through `backward()`.
+#
+# </details>
+
+# %% exercise-3-2 [markdown]
+# ## Exercise 3.2 Sum or mean
+#
+# difficulty 2/5 | 5 minutes | 2 points
+#
+# Popular posts have this the wrong way round.
+#
+# Write `divisor(reduction, sizes)`.
+# It returns the number by which each micro-batch's loss is divided before `backward()`, so that `.grad` ends as the gradient of the mean over all items of the window.
+#
+# - `reduction` is `"mean"` or `"sum"`, as it was given to `cross_entropy`.
+# - `sizes` is a list of ints, the items of each micro-batch; all are equal.
+#
+# **Example.** A window of one micro-batch with 6 items: `divisor("mean", [6])` is 1, and `divisor("sum", [6])` is 6.
+
+
+# %% answer-3-2
+def divisor(reduction, sizes):
+    """Return what each micro-batch's loss is divided by."""
+    ### BEGIN SOLUTION
+    if reduction == "mean":
+        return len(sizes)
+    return sum(sizes)
+    ### END SOLUTION
+
+
+# %% try-3-2
+attempt(divisor, "mean", [6])
+attempt(divisor, "sum", [6])
+
+# %% check-3-2
+check("3.2", divisor)
+
+# %% hints-3-2 [markdown]
+# <details><summary>The relation in words</summary>
+#
+# In the end, every item's loss has to be divided by the number of all items, once.
+# Which part of that has the reduction done already?
+#
+# </details>
+
+# %% exercise-3-3 [markdown]
+# ## Exercise 3.3 A test that notices
+#
+# difficulty 4/5 | 20 minutes | 5 points
+#
+# The missing division lived for years in code that had tests.
+# Now you write the test.
+#
+# Write `is_right(step)`.
+# It returns `True` for every training step that does what one large batch does, and `False` for every step that does not.
+#
+# - `step(model, optimizer, micro_batches)` makes one update: it clears the gradients, accumulates over the micro-batches, calls `optimizer.step()` and clears again. You choose the model, the optimizer and the data.
+# - `micro_batches` is a list of pairs of inputs and targets for `cross_entropy`, all of the same size: a right step promises the large batch's update for equal sizes only.
+# - A right step may add in another order, so it may differ by rounding.
+#
+# The check hands your test right steps and wrong ones; one of the wrong ones does not divide at all.
+#
+# **Example.** If `step` leaves the weights as they were, `is_right(step)` is `False`.
+
+
+# %% answer-3-3
+def is_right(step):
+    """Tell whether a training step makes the update of the one large batch."""
+    ### BEGIN SOLUTION
+    torch.manual_seed(0)
+    model = nn.Linear(3, 3)
+    twin = copy.deepcopy(model)
+    inputs, targets = torch.randn(12, 3), torch.randint(3, (12,))
+    micro_batches = list(zip(inputs.split(4), targets.split(4), strict=True))
+    step(model, torch.optim.SGD(model.parameters(), lr=0.5), micro_batches)
+
+    cross_entropy(twin(inputs), targets).backward()
+    torch.optim.SGD(twin.parameters(), lr=0.5).step()
+    return relative_error(model.parameters(), twin.parameters()) < 1e-5
+    ### END SOLUTION
+
+
+# %% try-3-3
+def step_without_division(model, optimizer, micro_batches):
+    """A wrong step: nothing divides."""
+    optimizer.zero_grad()
+    for inputs, targets in micro_batches:
+        cross_entropy(model(inputs), targets).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+attempt(is_right, step_without_division)  # expected: False
+
+# %% check-3-3
+check("3.3", is_right)
+
+# %% hints-3-3 [markdown]
+# <details><summary>Where to look</summary>
+#
+# "Delete the line again" in lesson 3 shows which optimizers notice, and "How equal is equal?" how close two right gradients are.
+#
+# </details>
+# <details><summary>Help: my test rejects a right step</summary>
+#
+# Compare with a tolerance, not with `==`.
+# And are all your micro-batches of the same size?
+#
+# </details>
+# <details><summary>Help: my test accepts a step that does not divide</summary>
+#
+# Which optimizer did you give it, and how many micro-batches?
+#
+# </details>
+
+# %% scorecard [markdown]
+# ## How did it go?
+
+# %% scorecard-run
+exercises.scorecard(3)
+
+# %% after [markdown]
+# - `exercises.solution("3.1")` in a new cell shows the worked solution. Read it once you have tried.
+# - To start one exercise again, replace everything in its answer cell by `exercises.reset("3.1")` and run that.
+#
+# **Next**: [lesson 4](../04_windows.ipynb).

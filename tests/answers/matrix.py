@@ -1,0 +1,47 @@
+"""Make the page that shows which property catches which mistake: python tests/answers/matrix.py."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from gradaccum import exercises
+from gradaccum.exercises.checking import grade, sentence
+
+PAGE = Path(__file__).with_name("README.md")
+HEAD = """# What the checks catch
+
+Made by `python tests/answers/matrix.py` and held by a test. For each question: the known mistakes by the name they
+have in `gradaccum/exercises/`, the properties (lettered) that each of them fails, and what it still earns. Mistakes
+with the same sentence cannot be told apart. A dot: holds. An x: fails. A dash: not tried, or does not count.
+"""
+MARKS = {True: ".", False: "x", None: "-"}
+
+
+def rows(question):
+    """Yield a table row for each mistake, the given code of a bug hunt first."""
+    plain = replace(question, given=None)
+    named = [(each.__name__, each) for each in question.mistakes]
+    for name, mistake in [("as given", question.given), *named] if question.given else named:
+        outcome = grade(plain, mistake)
+        marks = " | ".join(MARKS[result.passed] for result in outcome.results)
+        said = sentence(mistake) if mistake is not question.given else "The code that the learner starts from."
+        yield f"| `{name}` | {marks} | {outcome.points} | {said} |"
+
+
+def page():
+    """Return the page as text."""
+    parts = [HEAD]
+    for lesson in exercises.LESSONS:
+        for question in exercises.questions(lesson):
+            letters = [chr(ord("A") + index) for index in range(len(question.properties))]
+            parts.append(f"## {question.id} {question.title}\n")
+            pairs = zip(letters, question.properties, strict=True)
+            parts += [f"- {letter}: {each.name} ({each.points})" for letter, each in pairs]
+            parts.append(f"\n| mistake | {' | '.join(letters)} | of {question.points} | what the learner reads |")
+            parts.append("|---|" + "---|" * (len(letters) + 2))
+            parts += [*rows(question), ""]
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"Wrote {PAGE.name}.")

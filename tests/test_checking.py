@@ -1,0 +1,431 @@
+"""The engine of the exercises: what a check catches, how long it waits, what it says, and that it leaves no trace."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+
+import pytest
+import torch
+from IPython.utils.capture import capture_output
+
+from gradaccum import accumulate, exercises, windows
+from gradaccum.exercises import Score, check, checking, question, scorecard
+from gradaccum.exercises.checking import grade, judge, observe
+from gradaccum.exercises.question import Difference, Property, Question, agree
+
+
+def numbers(draw):
+    return [{"x": 2.0}, {"x": draw.uniform(3, 9)}]
+
+
+def squared(x):
+    """The square stands in the place of the double; multiply by 2."""
+    return x * x
+
+
+def lost(x):
+    """Nothing is returned; return the double."""
+
+
+def tripled(x):
+    """The double is wanted, this is the triple."""
+    return 3 * x
+
+
+def probe(answer, case):
+    return answer(case["x"])
+
+
+DOUBLE = Question(
+    "9.1",
+    "Double it",
+    (
+        Property("the double comes out", 2, numbers, probe, lambda case: 2 * case["x"], "x = {x}"),
+        Property("of 0 too", 1, lambda draw: [{"x": 0.0}], probe, lambda case: 0.0, "0", after="the double comes out"),
+    ),
+    (squared, lost, tripled),
+)
+
+
+def double(x):
+    return x + x
+
+
+# ------------------------------------------------------------------------------------------------ points, verdicts
+
+
+def test_full_points_and_the_plain_text_that_nbgrader_reads():
+    score = Score(grade(DOUBLE, double))
+    assert score == 3
+    assert repr(score) == str(score) == "3.0"
+    assert score.report.splitlines()[0] == "Exercise 9.1, Double it: 3 of 3 points"
+    assert [result.passed for result in score.outcome.results] == [True, True]
+    assert pickle.loads(pickle.dumps(float(score))) == 3.0
+
+
+def test_a_mistake_is_named_and_what_depends_on_it_does_not_count():
+    outcome = grade(DOUBLE, squared)
+    assert (outcome.points, outcome.recognized) == (0, squared)
+    first, second = outcome.results
+    assert first.passed is False
+    assert first.tried.startswith("x = ")
+    assert first.tried != "x = 2", "at 2 the square is the double"
+    assert second.passed is None
+    assert second.problem == "Counts once this holds: the double comes out."
+
+
+def test_an_answer_of_an_unknown_kind_is_told_the_difference_alone():
+    outcome = grade(DOUBLE, lambda x: 6 * x)
+    assert (outcome.points, outcome.mistake) == (0, "")
+    assert outcome.results[0].difference == Difference("4", "12", "exactly 3 times as large")
+
+
+def test_a_mistake_that_is_the_same_everywhere_goes_before_one_that_is_the_same_in_part():
+    only_first = Property("two", 1, lambda draw: [{"x": 1.0}], probe, lambda case: 2.0, "1")
+    both = Question("9.2", "", (only_first, *DOUBLE.properties), (squared, tripled))
+    assert grade(both, lambda x: 3 * x if x else 1.0).recognized is tripled
+
+
+@pytest.mark.parametrize(
+    ("got", "expected", "relation"),
+    [
+        ([2.0, 4.0], [1.0, 2.0], "exactly 2 times as large"),
+        ([2.5, 5.0], [1.0, 2.0], "exactly 2.5 times as large"),
+        ([5.0], [2.0], "150 % off"),
+        ([0.5], [2.0], "exactly 0.25 times as large"),
+        ([0.0, 0.0], [1.0, 2.0], "all zeros"),
+        ([1.0, 1.0], [0.0, 0.0], "zeros were expected"),
+        ([1.0, 2.002], [1.0, 2.0], "0.0894 % off"),
+        ([float("nan"), 2.0], [1.0, 2.0], "not finite"),
+        ([1.0], [1.0, 2.0], ""),
+        (None, [1.0, 2.0], ""),
+        ([1, 2, 4], [1, 2, 3], ""),
+        (3.0000001, 3, "close, but not exact"),
+        ({"a": 1}, {"b": 1}, ""),
+        ({"a": 1.0, "b": True}, {"a": 1.0, "b": False}, ""),
+        (True, 1, ""),
+        ([[1], [2]], [[1], [3]], ""),
+        ("sum", "mean", ""),
+        (float("inf"), 1.0, "not finite"),
+    ],
+)
+def test_what_does_not_agree_and_how(got, expected, relation):
+    difference = agree(got, expected)
+    assert difference is not None
+    assert difference.relation == relation
+
+
+@pytest.mark.parametrize(
+    ("got", "expected"),
+    [
+        ([1.0, 2.0 + 1e-7], [1.0, 2.0]),
+        ([1, 2], [1.0, 2.0]),
+        (3.0, 3),
+        ([], []),
+        ({"a": [0.0]}, {"a": [0.0]}),
+        (None, None),
+    ],
+)
+def test_what_agrees(got, expected):
+    assert agree(got, expected) is None
+
+
+def test_the_cases_follow_from_the_seed_alone():
+    assert DOUBLE.cases(1) == DOUBLE.cases(1) != DOUBLE.cases(2)
+
+
+def test_a_class_sets_its_own_seed(monkeypatch):
+    seen = []
+
+    def spy(reduction, sizes):
+        seen.append(sizes)
+        return len(sizes)
+
+    check("3.2", spy)
+    first, seen[:] = list(seen), []
+    monkeypatch.setenv("GRADACCUM_SEED", "autumn")
+    check("3.2", spy)
+    assert first != seen
+
+
+# ------------------------------------------------------------------------------------------------ what goes wrong
+
+
+def stub(x):
+    raise NotImplementedError
+
+
+def torch_misses_something(x):
+    torch.zeros(1, device="meta").item()  # raises, and NotImplementedError in some versions
+    return 2 * x
+
+
+def test_not_written_yet_is_not_an_error():
+    outcome = grade(DOUBLE, stub)
+    assert (outcome.points, outcome.note) == (0, "Not written yet.")
+    assert [result.passed for result in outcome.results] == [None, None]
+    assert grade(DOUBLE, torch_misses_something).note == ""
+
+
+def broken(x):
+    numbers = [x]
+    return numbers[1]  # too far
+
+
+def test_an_exception_is_one_line_with_the_learners_own_line():
+    outcome = grade(DOUBLE, broken)
+    line = broken.__code__.co_firstlineno + 2
+    sentence = f"Line {line}, `return numbers[1]  # too far`: IndexError: list index out of range"
+    assert [result.problem for result in outcome.results] == [sentence, "The same error."]
+    assert outcome.points == 0
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), GeneratorExit(), ZeroDivisionError("a\nb")])
+def test_nothing_an_answer_raises_gets_out(error):
+    def answer(x):
+        raise error
+
+    assert grade(DOUBLE, answer).results[0].passed is False
+
+
+@pytest.mark.parametrize("given", [None, 4.0, "double"])
+def test_something_that_is_no_function(given):
+    outcome = grade(DOUBLE, given)
+    assert outcome.points == 0
+    assert "9.1 takes a function" in outcome.results[0].problem
+
+
+needs_timer = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timer on this system")
+
+
+@needs_timer
+@pytest.mark.parametrize("swallows", [False, True])
+def test_an_endless_answer_is_stopped(swallows):
+    def endless(x):
+        while True:
+            try:
+                time.sleep(0.01)
+            except Exception:  # the deadline is none
+                if not swallows:
+                    raise
+
+    started = time.perf_counter()
+    outcome = judge(DOUBLE, observe(DOUBLE, endless, seconds=0.2))
+    assert time.perf_counter() - started < 5
+    assert outcome.results[0].problem == "Stopped after 0.2 seconds: does a loop never end?"
+    assert outcome.results[1].passed is None
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_an_interrupt_by_the_learner_stops_it_cleanly():
+    def interrupted(x):
+        raise KeyboardInterrupt
+
+    outcome = grade(DOUBLE, interrupted)
+    assert (outcome.points, outcome.note) == (0, "You stopped this check.")
+
+
+def test_a_check_works_in_a_thread_too():
+    found = []
+    thread = threading.Thread(target=lambda: found.append(grade(DOUBLE, double).points))
+    thread.start()
+    thread.join()
+    assert found == [3]
+
+
+def test_what_an_answer_prints_and_warns_of_is_caught(capfd):
+    def noisy(x):
+        print("here I am", x)
+        print("to stderr", file=sys.stderr)
+        warnings.warn("mind the gap", stacklevel=1)
+        return 2 * x
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        score = Score(grade(DOUBLE, noisy))
+    assert score == 3
+    assert caught == []
+    assert tuple(capfd.readouterr()) == ("", "")
+    assert "here I am 2.0\n" in score.outcome.printed
+    assert "to stderr" in score.outcome.printed
+    assert "What your code printed" in score._repr_html_()
+
+
+def test_the_finished_functions_are_noticed_by_whatever_name():
+    borrowed = [windows]
+
+    def by_another_name(x):
+        list(borrowed[0]([1, 2], 1))
+        return 2 * x
+
+    outcome = grade(DOUBLE, by_another_name)
+    assert outcome.points == 0
+    assert outcome.note.startswith("This calls gradaccum's finished `windows`")
+
+    def only_named(x):
+        return 2 * x if accumulate else None
+
+    assert grade(DOUBLE, only_named).points == 3
+
+
+def test_a_check_leaves_no_trace():
+    def meddles(x):
+        torch.manual_seed(5)
+        torch.set_default_dtype(torch.float16)
+        torch.set_grad_enabled(False)
+        return 2 * x
+
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    profile = sys.getprofile()
+    grade(DOUBLE, meddles)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.is_grad_enabled()
+    assert sys.getprofile() is profile
+
+
+def test_what_an_answer_makes_itself_is_float64():
+    seen = []
+    grade(DOUBLE, lambda x: seen.append(torch.zeros(1).dtype))
+    assert seen[0] == torch.float64
+
+
+# ------------------------------------------------------------------------------------------------ find the bug
+
+
+def hunt(x):
+    """Double it."""
+    return x * 3
+
+
+HUNT = Question(
+    "9.3",
+    "Find the bug",
+    (
+        Property("the double comes out", 2, numbers, probe, lambda case: 2 * case["x"], "x = {x}"),
+        Property("0 stays 0", 0, lambda draw: [{"x": 0.0}], probe, lambda case: 0.0, "0"),
+    ),
+    (squared,),
+    given=hunt,
+)
+
+
+def test_unchanged_code_is_not_changed_yet_whatever_its_layout():
+    namespace = {}
+    exec('def hunt(x):\n    """Other words."""\n    # a comment\n    return (x *\n  3)', namespace)
+    for answer in (hunt, namespace["hunt"]):
+        assert grade(HUNT, answer).note.startswith("Not changed yet")
+    assert grade(HUNT, lambda x: x * 3.0).recognized is hunt, "changed, but still the same mistake"
+
+
+def test_a_repair_that_breaks_what_worked_earns_nothing():
+    assert grade(HUNT, double).points == 2
+    outcome = grade(HUNT, lambda x: 2 * x if x else 1.0)
+    assert outcome.points == 0
+    assert outcome.note.startswith("Something that worked in the given code no longer does")
+
+
+# ------------------------------------------------------------------------------------------------ the grader's mutants
+
+
+def test_a_judge_that_always_says_yes_is_noticed(monkeypatch):
+    yes = Property(**{**vars(DOUBLE.properties[0]), "judge": lambda got, expected: None})
+    assert grade(Question("9.1", "", (yes,), ()), squared).points == 2, "so the tests of the questions would fail"
+
+
+def test_a_wide_tolerance_is_noticed(monkeypatch):
+    monkeypatch.setattr(question, "TOLERANCE", 1e-2)
+    assert grade(DOUBLE, lambda x: 2.01 * x).points == 3
+    monkeypatch.undo()
+    assert grade(DOUBLE, lambda x: 2.01 * x).points == 0
+
+
+# ------------------------------------------------------------------------------------------------ the learner's side
+
+
+def test_check_refuses_an_unknown_exercise_in_one_sentence():
+    for given in ("3.9", "9.1", "three", 3.2):
+        with pytest.raises(ValueError, match="There is no exercise"):
+            check(given, double) if given != 3.2 else check("3.20", double)
+
+
+def test_nothing_of_an_answer_reaches_the_page_as_html():
+    def hostile(x):
+        print("<script>alert(1)</script>")
+        raise ValueError("<img src=x>")
+
+    card = Score(grade(DOUBLE, hostile))._repr_html_()
+    assert "<script" not in card
+    assert "<img" not in card
+    assert "&lt;script&gt;" in card
+    assert "ValueError: &lt;img src=x&gt;" in card
+
+
+def test_the_verdict_is_a_word_and_not_a_colour_alone():
+    card = Score(grade(DOUBLE, squared))._repr_html_()
+    assert ">FAIL<" in card
+    assert ">NOT YET<" in card
+    assert ">PASS<" not in card
+    assert "This looks like:" in card
+    assert checking.sentence(squared) in card
+
+
+def contrast(one, other):
+    def luminance(colour):
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_the_badges_can_be_read():
+    from gradaccum.exercises import cards
+
+    assert min(contrast(colour, "#ffffff") for colour in (cards.GREEN, cards.RED, cards.GREY)) > 4.5
+
+
+def test_the_scorecard_says_what_is_there_and_what_is_next(monkeypatch):
+    monkeypatch.setattr(exercises, "_scores", {})
+    assert repr(scorecard(3)).startswith("0 of 11 points\n")
+    assert "Next: 3.1, One normalized window: run its check." in repr(scorecard(3))
+    check("3.1", stub)
+    assert "Not there yet: equal micro-batches" in scorecard(3).next_step()
+    check("3.2", lambda reduction, sizes: len(sizes) if reduction == "mean" else sum(sizes))
+    assert scorecard(3).points == 2
+    assert "<table>" in scorecard(3)._repr_html_()
+    with pytest.raises(ValueError, match="There is no lesson 9"):
+        scorecard(9)
+
+
+def test_attempt_prints_the_value_or_the_reason(capsys):
+    exercises.attempt(double, 4)
+    exercises.attempt(stub, 4)
+    exercises.attempt(broken, 4)
+    assert capsys.readouterr().out == "8\nNot written yet.\nIndexError: list index out of range\n"
+
+
+def test_solution_and_reset(capsys, monkeypatch, tmp_path):
+    with capture_output() as shown:
+        exercises.solution("3.2")
+    assert "Code" in shown.stdout or shown.outputs or "divisor" in shown.stdout
+    exercises.reset("3.2")
+    text = capsys.readouterr().out
+    assert text.startswith("def divisor(")
+    assert "raise NotImplementedError" in text
+    monkeypatch.setattr(exercises, "ANSWERS", tmp_path / "answers.json")
+    with pytest.raises(FileNotFoundError, match="ask your instructor"):
+        exercises.solution("3.2")
+
+
+def test_import_gradaccum_does_not_import_the_exercises():
+    code = "import sys, gradaccum; print([m for m in sys.modules if 'exercises' in m or m == 'IPython'])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=True)
+    assert result.stdout.strip() == "[]"

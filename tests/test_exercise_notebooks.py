@@ -1,0 +1,139 @@
+"""The exercise notebooks: as their sources say, without answers, 0 points as they come and all of them once solved."""
+
+import copy
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import build
+import nbformat
+import pytest
+import release
+
+from gradaccum import exercises
+
+ROOT = Path(__file__).resolve().parents[1]
+EXERCISES = ROOT / "notebooks" / "exercises"
+SOURCES = {int(path.stem[:2]): path for path in build.sources().values() if build.is_exercise(path)}
+each_lesson = pytest.mark.parametrize("lesson", exercises.LESSONS)
+
+
+def solved(lesson):
+    """The notebook with the worked answers, as a person would have written them."""
+    notebook = release.marked(build.read_source(SOURCES[lesson]))
+    for cell in notebook.cells:
+        if cell.id.startswith("answer-"):
+            cell.source = release.without_marks(cell.source)
+    return notebook
+
+
+def handed_out(lesson):
+    return nbformat.read(build.made_from(SOURCES[lesson]), as_version=4)
+
+
+def cells(notebook, role):
+    return [cell for cell in notebook.cells if cell.id.startswith(f"{role}-")]
+
+
+@each_lesson
+def test_an_exercise_notebook_is_what_its_source_says(lesson):
+    assert build.differences(SOURCES[lesson]) == []
+    again = release.released(release.marked(build.read_source(SOURCES[lesson])))
+    assert nbformat.writes(again) + "\n" == build.made_from(SOURCES[lesson]).read_text(encoding="utf-8")
+
+
+def test_the_worked_solutions_are_those_of_the_sources(tmp_path, monkeypatch):
+    assert build.keep_answers(build.check) == []
+    monkeypatch.setattr(release, "ANSWERS", tmp_path / "answers.json")
+    assert len(build.keep_answers(build.check)) == 1
+    assert build.keep_answers(build.make) == build.keep_answers(build.check) == []
+
+
+@each_lesson
+def test_every_question_has_its_cells_its_points_and_a_readable_id(lesson):
+    notebook = handed_out(lesson)
+    ids = [question.id.replace(".", "-") for question in exercises.questions(lesson)]
+    for role in ("exercise", "answer", "try", "check", "hints"):
+        assert [cell.id for cell in cells(notebook, role)] == [f"{role}-{one}" for one in ids]
+    for question, text, check in zip(
+        exercises.questions(lesson), cells(notebook, "exercise"), cells(notebook, "check"), strict=True
+    ):
+        assert text.source.startswith(f"## Exercise {question.id} {question.title}\n")
+        pattern = rf"\n\ndifficulty [1-5]/5 \| \d+ minutes \| {question.points} points?\n"
+        assert re.search(pattern, text.source), f"{question.id} has {question.points} points"
+        assert "**Example.**" in text.source
+        assert check.metadata.nbgrader.points == question.points
+        assert check.metadata.nbgrader.grade_id == check.id
+        assert re.fullmatch(rf'check\("{re.escape(question.id)}", \w+\)', check.source)
+    total = sum(question.points for question in exercises.questions(lesson))
+    assert f" {total} points" in notebook.cells[0].source
+    assert notebook.cells[-2].source == f"exercises.scorecard({lesson})"
+    links = re.findall(r"\]\((\S+?)\)", "\n".join(cell.source for cell in notebook.cells))
+    assert all((EXERCISES / link).exists() for link in links if not link.startswith("http")), links
+
+
+@each_lesson
+def test_no_answer_leaks(lesson):
+    notebook = handed_out(lesson)
+    text = nbformat.writes(notebook)
+    assert "SOLUTION" not in text
+    assert all(not cell.get("outputs") for cell in notebook.cells)
+    given = "\n".join(cell.source for cell in notebook.cells)
+    source = build.read_source(SOURCES[lesson])
+    for cell in cells(source, "answer"):
+        body = cell.source.partition("### BEGIN SOLUTION")[2].partition("### END SOLUTION")[0]
+        lines = [line.strip() for line in body.splitlines() if line.strip()]
+        assert lines, f"{cell.id} has no answer between the marks"
+        (start,) = [other.source for other in notebook.cells if other.id == cell.id]
+        question = release.question_of(cell)
+        if question.given is None:
+            assert start.endswith("raise NotImplementedError")
+        else:
+            assert start != release.without_marks(cell.source)
+        # A loop's head may stand in another cell; all lines of an answer in a row may not.
+        assert "\n".join(lines) not in "\n".join(line.strip() for line in given.splitlines())
+
+
+def test_a_leak_would_be_noticed():
+    notebook = release.marked(build.read_source(SOURCES[3]))
+    text = "\n".join(cell.source for cell in release.released(copy.deepcopy(notebook)).cells)
+    assert "SOLUTION" in "\n".join(cell.source for cell in notebook.cells)
+    assert "SOLUTION" not in text
+    assert "loss = cross_entropy(model(inputs), targets) / len(micro_batches)" not in text
+
+
+def scores(notebook):
+    found = {}
+    for cell in cells(notebook, "check"):
+        (result,) = [output for output in cell.outputs if output.output_type == "execute_result"]
+        found[release.question_of(cell).id] = float(result.data["text/plain"])
+    return found
+
+
+def run(notebook):
+    with build.kernel(notebook) as client:
+        build.run_cells(client, notebook.cells)
+    return notebook
+
+
+@each_lesson
+def test_as_handed_out_it_runs_from_the_top_to_the_end_with_0_points(lesson):
+    notebook = run(handed_out(lesson))
+    assert set(scores(notebook).values()) == {0.0}
+    for cell in notebook.cells:
+        streams = [output.text for output in cell.get("outputs", []) if output.output_type == "stream"]
+        assert "Error" not in "".join(streams), f"{cell.id}: {streams}"
+
+
+@pytest.mark.slow
+def test_solved_it_has_full_points_and_nbval_finds_the_same_again(tmp_path):
+    for lesson in exercises.LESSONS:
+        notebook = run(solved(lesson))
+        assert scores(notebook) == {question.id: question.points for question in exercises.questions(lesson)}
+        notebook.metadata = build.METADATA
+        nbformat.write(notebook, tmp_path / f"solved_{lesson:02}.ipynb")
+    options = ["-p", "no:cacheprovider", "-o", "addopts=", "--nbval", "--nbval-current-env", "-q"]
+    command = [sys.executable, "-m", "pytest", *options, str(tmp_path), "--rootdir", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:]
