@@ -436,6 +436,7 @@ def bars(request, monkeypatch):
     class Bar(tqdm.tqdm):
         def __init__(self, **options):
             assert options["delay"] == 2
+            assert options["disable"] is None  # silent where the output goes into a file
             super().__init__(**options | {"delay": request.param, "mininterval": 0, "ncols": 300, "disable": False})
             bars.append(self)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -153,7 +154,9 @@ def progress(what: str) -> Iterator[Callable[..., None]]:
     except ImportError:
         yield lambda **state: None
         return
-    with tqdm(desc=what, unit=" operations", delay=2, leave=False, miniters=1) as bar:
+    in_notebook = type(sys.stderr).__module__.startswith("ipykernel")
+    options = {} if in_notebook else {"disable": None}  # None: silent where the output goes into a file
+    with tqdm(desc=what, unit=" operations", delay=2, leave=False, miniters=1, **options) as bar:
 
         def tick(**state: object) -> None:
             if state:
