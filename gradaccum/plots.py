@@ -90,33 +90,73 @@ def bars(axis: Axes, names: Sequence[str], values: Sequence[float], *, text: str
     axis.set(**labels)
 
 
-def stacked_roles(axis: Axes, peaks: Mapping[str, Mapping[str, int]]) -> None:
-    """Draw each peak as a bar stacked by role, in millions of bytes (MB), with its total at the end.
+def stacked_roles(
+    axis: Axes, peaks: Mapping[str, Mapping[str, int]], *, unit: str = "MB", limit_bytes: int = 0
+) -> None:
+    """Draw each peak as a bar stacked by role, in millions or billions of bytes, with its total at the end.
 
     Args:
         axis: where.
         peaks: name -> role -> bytes, such as `measure_memory`'s `at_peak`.
+        unit: "MB" or "GB".
+        limit_bytes: where to draw a line, such as a GPU's memory; 0 draws none.
 
     Example:
         >>> figure, (axis,) = panels(["peak"])
-        >>> stacked_roles(axis, {"k = 1": {"parameters": 1_000_000, "activations": 3_000_000}})
+        >>> stacked_roles(axis, {"k = 1": {"parameters": 1_000_000, "activations": 3_000_000}}, limit_bytes=2_000_000)
         >>> [text.get_text() for text in axis.texts]
-        [' 4.00 MB']
+        [' 4.00 MB', ' limit 2 MB']
     """
-    names = list(peaks)
-    left = [0.0] * len(names)
+    names, scale = list(peaks), {"MB": 1e6, "GB": 1e9}[unit]
+    left, behind = [0.0] * len(names), {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
     for index, role in enumerate(dict.fromkeys(role for roles in peaks.values() for role in roles)):
-        width = [peaks[name].get(role, 0) / 1e6 for name in names]
+        width = [peaks[name].get(role, 0) / scale for name in names]
         if any(width):
-            style: dict[str, Any] = {"color": COLOURS[index % 7], "hatch": HATCHES[index % 7], "edgecolor": "white"}
-            axis.barh(names, width, left=left, label=role, height=0.6, **style)
+            axis.barh(names, width, left=left, label=role, height=0.6, **_role_style(index))
             left = [start + more for start, more in zip(left, width, strict=True)]
     for place, total in enumerate(left):
-        axis.text(total, place, f" {total:.2f} MB", va="center", fontsize=9)
+        axis.text(total, place, f" {total:.2f} {unit}", va="center", fontsize=9, bbox=behind)
     axis.invert_yaxis()
-    axis.margins(x=0.2)
-    axis.set_xlabel("bytes held at the peak, MB")
+    axis.set_xlim(0, 1.2 * max(*left, limit_bytes / scale))
+    axis.set_xlabel(f"bytes held at the peak, {unit}")
+    if limit_bytes:
+        axis.axvline(limit_bytes / scale, color="black", linestyle="--", zorder=1.5)
+        axis.text(limit_bytes / scale, 0.5, f" limit {limit_bytes / scale:g} {unit}", va="center", fontsize=9)
     axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=4)
+
+
+def stacked_timelines(timelines: Mapping[str, Mapping[str, Sequence[int]]]) -> Figure:
+    """Draw what is held from moment to moment, stacked by role: a panel for each name, with one scale of bytes.
+
+    Args:
+        timelines: name -> role -> bytes after each event, such as `measure_memory`'s `timeline`.
+
+    Example:
+        >>> figure = stacked_timelines({"k = 1": {"parameters": [4, 4, 4], "activations": [0, 8, 0]}})
+        >>> [axis.get_title() for axis in figure.axes]
+        ['k = 1']
+    """
+    figure, axes = panels(list(timelines))
+    for axis, timeline in zip(axes, timelines.values(), strict=True):
+        below = [0.0] * len(next(iter(timeline.values())))
+        for index, (role, held) in enumerate(timeline.items()):
+            if any(held):
+                top = [start + more / 1e6 for start, more in zip(below, held, strict=True)]
+                axis.fill_between(range(len(top)), below, top, step="post", label=role, lw=0, **_role_style(index))
+                below = top
+        axis.plot(below, color="black", linewidth=0.8, drawstyle="steps-post")
+        axis.set(xlabel="events: a tensor made, or free again", xlim=(0, len(below) - 1))
+    axes[0].set_ylabel("bytes held, MB")
+    highest = max(axis.get_ylim()[1] for axis in axes)
+    for axis in axes:
+        axis.set_ylim(0, highest)
+    handles = {text: drawn for axis in axes for drawn, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, frameon=False, fontsize=8, loc="outside lower center", ncols=4)
+    return figure
+
+
+def _role_style(index: int) -> dict[str, Any]:
+    return {"facecolor": COLOURS[index % 7], "hatch": HATCHES[index % 7], "edgecolor": "white"}
 
 
 def window_strip(axis: Axes, loops: Mapping[str, Iterable[Sequence[int]]]) -> None:

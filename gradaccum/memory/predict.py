@@ -154,8 +154,9 @@ def progress(what: str) -> Iterator[Callable[..., None]]:
     except ImportError:
         yield lambda **state: None
         return
+    # In a notebook to stdout: what a bar leaves behind on stderr is a red strip. None: silent in a log file.
     in_notebook = type(sys.stderr).__module__.startswith("ipykernel")
-    options = {} if in_notebook else {"disable": None}  # None: silent where the output goes into a file
+    options = {"file": sys.stdout} if in_notebook else {"disable": None}
     with tqdm(desc=what, unit=" operations", delay=2, leave=False, miniters=1, **options) as bar:
 
         def tick(**state: object) -> None:

@@ -130,7 +130,7 @@ def kernel(notebook: NotebookNode, **environment: str) -> Iterator[NotebookClien
     inherited = {
         name: value for name, value in os.environ.items() if name != "MPLBACKEND"
     }  # figures are inline
-    inherited["TQDM_DISABLE"] = "1"  # a bar shows where a machine is slow: it is no output to keep
+    inherited["TQDM_DISABLE"] = "1"  # a bar, on a slow machine, is no output to keep
     with client.setup_kernel(
         cleanup_kc=True, cwd=str(NOTEBOOKS), env=inherited | environment
     ):

@@ -1,0 +1,48 @@
+"""Lesson 6's short ways to a number, against predictions of every layer and micro-batch, which it has no time for."""
+
+import itertools
+
+import build
+import pytest
+import torch
+
+from gradaccum import widgets
+
+CELLS = {cell.id: cell.source for cell in build.read_source(build.sources()["06_gpu_memory"]).cells}
+
+
+def names_after(*sources):
+    """Run these after the lesson's set-up, and return the names that they leave behind."""
+    names, threads = {}, torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:  # what shows something needs a notebook
+        patch.setattr(widgets, "progress", lambda items, _: items)
+        patch.setattr(widgets, "explore", lambda *view, **controls: None)
+        for source in (CELLS["setup"], *sources):
+            exec(source, names)
+    torch.set_num_threads(threads)
+    return names
+
+
+def total(roles):
+    return sum(roles.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["GPT-2 small", "GPT-2 medium", "GPT-2 large", "GPT-2 XL", "7 billion"])
+def test_the_line_from_no_layer_and_one_is_exact_at_every_depth(shape):
+    lesson = names_after(CELLS["shapes-run"])
+    settings = [(True, False)] if shape == "7 billion" else itertools.product((True, False), (False, True))
+    for (adamw, autocast), (micro_batch, k) in itertools.product(settings, ((1, 1), (1, 2), (5, 2))):
+        optimizer = torch.optim.AdamW if adamw else torch.optim.SGD
+        whole = lesson["peak_of"](autocast, shape, [micro_batch] * k, optimizer)
+        found = lesson["moments"](shape, micro_batch, micro_batch * k, adamw, autocast)
+        assert total(whole) == max(map(total, found.values())), (adamw, autocast, micro_batch, k)
+
+
+@pytest.mark.slow
+def test_two_micro_batches_stand_for_all():
+    short = CELLS["roads-run"].partition("\nroads = ")[0]
+    assert short.count("window[:2]") == 1
+    of_two, of_all = (names_after(source)["predicted"] for source in (short, short.replace("window[:2]", "window")))
+    for k, checkpointed in ((4, False), (16, False), (4, True)):
+        assert of_two(k, checkpointed=checkpointed) == of_all(k, checkpointed=checkpointed)
