@@ -91,6 +91,26 @@ def test_a_mistake_that_is_the_same_everywhere_goes_before_one_that_is_the_same_
     assert grade(both, lambda x: 3 * x if x else 1.0).recognized is tripled
 
 
+def test_no_mistake_is_named_that_fails_what_the_answer_has_right():
+    zero_too = Property("0", 1, lambda draw: [{"x": 0.0}], probe, lambda case: 0.0, "0")
+    both = Question("9.4", "", (DOUBLE.properties[0], zero_too), (lambda x: x * x if x else 1.0,))
+    assert grade(both, lambda x: x * x if x else 1.0).recognized is not None
+    assert grade(both, squared).recognized is None
+
+
+def test_another_error_of_the_same_kind_is_not_the_same_mistake():
+    def raises(text):
+        def answer(x):
+            raise RuntimeError(text)
+
+        return answer
+
+    known = raises("the graph is gone")
+    question = Question("9.5", "", DOUBLE.properties, (known,))
+    assert grade(question, raises("the graph is gone")).recognized is known
+    assert grade(question, raises("the shapes differ")).recognized is None
+
+
 @pytest.mark.parametrize(
     ("got", "expected", "relation"),
     [

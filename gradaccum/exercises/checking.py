@@ -31,7 +31,7 @@ class Seen(NamedTuple):
     """What a probe saw for one case: plain data, or what went wrong and how to say it."""
 
     value: Plain = None
-    problem: str = ""  # "not written", "finished", "too long", "stopped", or the name of the exception
+    problem: str = ""  # "not written", "finished", "too long", "stopped", or the exception
     text: str = ""
 
 
@@ -107,6 +107,7 @@ def _watch(question: Question, each: Property, cases: list[Case], answer: Answer
         with _at_most(seconds):
             for case in cases:
                 torch.manual_seed(0)
+                torch.set_grad_enabled(True)  # whatever the answer did in the case before
                 sys.setprofile(profile)
                 try:
                     seen.append(Seen(each.probe(answer, copy.deepcopy(case))))
@@ -196,11 +197,11 @@ def _is_stub(error: BaseException, answer: Answer) -> bool:
 def _explained(error: BaseException, answer: Answer) -> Seen:
     kind, (frames, _) = type(error).__name__, _learners_frames(error, answer)
     lines = str(error).strip().splitlines()
-    text = f"{kind}: {lines[0]:.300}" if lines else kind
+    text = problem = f"{kind}: {lines[0]:.300}" if lines else kind
     if frames:
         number, line = frames[-1]
-        text = f"Line {number}{f', `{line}`' if line else ''}: {text}"
-    return Seen(problem=kind, text=text)
+        text = f"Line {number}{f', `{line}`' if line else ''}: {problem}"
+    return Seen(problem=problem, text=text)
 
 
 def judge(question: Question, observed: Observed, seed: int | str = 0) -> Outcome:
@@ -260,7 +261,8 @@ def _recognized(question: Question, observed: Observed, passed: list[bool | None
         same = [i for i in failed if verdicts[i] is False and _same(question.properties[i], ours[i], theirs[i])]
         if same == failed and verdicts == passed:
             return mistake
-        if same == failed or failed[0] in same:
+        fails_more = any(held and other is False for held, other in zip(passed, verdicts, strict=True))
+        if failed[0] in same and not fails_more:  # else its sentence would speak of what this answer has right
             nearest.insert(0 if same == failed else len(nearest), mistake)
     return nearest[0] if nearest else None
 

@@ -13,6 +13,8 @@ from gradaccum.exercises.question import Difference, Property, Question
 
 def number_held(answer, case):
     found = answer(case["events"])
+    if found is not None and not hasattr(found, "__float__"):
+        return f"an object of type {type(found).__name__}"
     return 0.0 if found is None else float(found)
 
 
@@ -88,7 +90,7 @@ HELD = Question(
     "2.1",
     "What .grad holds",
     (
-        holds("without a clear, all gradients add up", "ggg", "gggg", "g", "gg", "gggggg"),
+        holds("without a clear, all gradients add up", "ggg", "gggg", "g", "gg", "ggggggggg"),
         holds("after a clear, only what comes later is held", "gg|gg", "gg|g|g", "ggg|", "|gg", "g||gg", "g|g|g|"),
     ),
     (the_mean, the_last, k_times_one, without_clears, one_undone, up_to_the_clear, cleared_late),
@@ -113,6 +115,7 @@ def prepared(case):
     k, model = case["accumulation_steps"], classifier(case["seed"])
     micro_batches = samples([case["size"]] * k * case["windows"], case["seed"])
     windows = [micro_batches[i : i + k] for i in range(0, len(micro_batches), k)]
+    windows += windows[:-1]  # as in a second epoch: an answer may not spoil its data
     return model, torch.optim.SGD(model.parameters(), lr=case["learning_rate"]), windows
 
 
@@ -233,6 +236,17 @@ def stepped_early(model, optimizer, micro_batches, accumulation_steps):
             optimizer.zero_grad()
 
 
+def stepped_late(model, optimizer, micro_batches, accumulation_steps):
+    """The step of a window comes only when the next window begins, so the last window never makes one; step right after
+    a window's last backward().
+    """
+    for step, (inputs, targets) in enumerate(micro_batches):
+        if step % accumulation_steps == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+        cross_entropy(model(inputs), targets).backward()
+
+
 def in_a_loop(delayed_step):
     """Make a loop over many windows from the step of one; its sentence stays."""
 
@@ -245,13 +259,14 @@ def in_a_loop(delayed_step):
 
 
 def moves(name, points, probe, tried, *shapes):
-    return Property(name, points, shaped(*shapes), probe, moved_by_sums, f"{tried} of size {{size}}")
+    again = ", then all but the last once more" if "{windows}" in tried else ""
+    return Property(name, points, shaped(*shapes), probe, moved_by_sums, f"{tried} of size {{size}}{again}")
 
 
 ONE_WINDOW = "one window makes one update, by the sum of its gradients"
 ONE_TRIED = "one window of {accumulation_steps} micro-batches"
 MANY_TRIED = "{windows} windows, each of {accumulation_steps} micro-batches"
-ONE_SHAPES = (1, 4, 3), (1, 2, 5), (1, 7, 1)  # windows, k and the size: no single number serves them all
+ONE_SHAPES = (1, 4, 3), (1, 2, 5), (1, 7, 1), (1, 8, 64)  # windows, k and the size: no single number serves them all
 MANY_SHAPES = (2, 3, 4), (4, 2, 3), (3, 5, 1)
 
 REPAIR = Question(
@@ -275,7 +290,7 @@ REPAIR = Question(
             (3, 1, 1),
         ),
     ),
-    (*map(in_a_loop, OF_A_WINDOW), stepped_early),
+    (*map(in_a_loop, OF_A_WINDOW), stepped_early, stepped_late),
     given=train,
 )
 

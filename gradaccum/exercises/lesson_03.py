@@ -13,21 +13,24 @@ from gradaccum.exercises.question import Difference, Property, Question
 
 
 def window_gradient(answer, case):
-    model = classifier(case["seed"])
+    model, window = classifier(case["seed"]), samples(case["sizes"], case["seed"])
     before = weights(model)
-    answer(model, samples(case["sizes"], case["seed"]))
-    return {"gradient": gradient(model), "weights changed": weights(model) != before}
+    answer(model, window)
+    found = {"gradient": gradient(model), "weights changed": weights(model) != before}
+    model.zero_grad()
+    answer(model, window)  # as in a second epoch: an answer may not spoil its data or the model
+    return found | {"gradient of a second call": gradient(model)}
 
 
 def full_gradient(case):
     model = classifier(case["seed"])
     inputs, targets = joined(samples(case["sizes"], case["seed"]))
     cross_entropy(model(inputs), targets).backward()
-    return {"gradient": gradient(model), "weights changed": False}
+    return {"gradient": gradient(model), "weights changed": False, "gradient of a second call": gradient(model)}
 
 
 def equal_windows(draw):
-    shapes = [(2, 3), (5, 1), (3, 4), (4, 2)]  # k and the size: no single number serves them all
+    shapes = [(2, 3), (5, 1), (3, 4), (4, 2), (8, 64)]  # k and the size: no single number serves them all
     return [{"sizes": [size] * k, "seed": draw.randrange(10**6)} for k, size in shapes]
 
 
@@ -183,11 +186,12 @@ WINDOW = Question(
 
 
 def divisors(answer, case):
-    return answer(case["reduction"], case["sizes"])
+    found = answer(case["reduction"], case["sizes"])
+    return float(found) if hasattr(found, "__float__") else found if found is None else f"{found!r:.80}"
 
 
 def right_divisor(case):
-    return len(case["sizes"]) if case["reduction"] == "mean" else sum(case["sizes"])
+    return float(len(case["sizes"]) if case["reduction"] == "mean" else sum(case["sizes"]))
 
 
 def windows_for(reduction):
@@ -282,6 +286,10 @@ def one_left_out(model, micro_batches):
         (cross_entropy(model(inputs), targets) / len(micro_batches)).backward()
 
 
+def last_undivided(model, micro_batches):
+    not_divided(model, micro_batches[-1:])
+
+
 RIGHT_STEPS = {
     "divides each mean by k": divided,
     "divides each sum by all samples, last micro-batch first": summed,
@@ -293,6 +301,8 @@ WRONG_STEPS = {
     "divides by k twice": divided_twice,
     "leaves the last micro-batch out": one_left_out,
     "divides each mean by its samples": divided_by_samples,
+    "divides each sum by k": sum_divided_by_steps,
+    "uses the last micro-batch alone": last_undivided,
 }
 
 
@@ -316,7 +326,7 @@ def no_verdict_wrong(got, expected):
     return Difference(f"{said[verdict]}, for every step", f"{said[not verdict]}, for a step that {wrong[0]}")
 
 
-def checks_with(make_optimizer, sizes=(4, 4, 4), compare=None, lr=0.5):
+def checks_with(make_optimizer, sizes=(4, 4, 4), compare=None, lr=0.5, same=False):
     """Make a test like the reference one, with one thing changed."""
 
     def is_right(step):
@@ -324,6 +334,8 @@ def checks_with(make_optimizer, sizes=(4, 4, 4), compare=None, lr=0.5):
         model = nn.Linear(3, 3)
         twin = copy.deepcopy(model)
         micro_batches = [(torch.randn(size, 3), torch.randint(3, (size,))) for size in sizes]
+        if same:
+            micro_batches = micro_batches[:1] * len(sizes)
         step(model, make_optimizer(model.parameters(), lr=lr), micro_batches)
         inputs, targets = joined(micro_batches)
         cross_entropy(twin(inputs), targets).backward()
@@ -331,6 +343,10 @@ def checks_with(make_optimizer, sizes=(4, 4, 4), compare=None, lr=0.5):
         return (compare or torch.allclose)(model.weight, twin.weight)
 
     return is_right
+
+
+def within(atol):
+    return lambda one, other: torch.allclose(one, other, atol=atol)
 
 
 def with_adam(step):
@@ -351,8 +367,33 @@ def to_the_last_bit(step):
 
 
 def too_tolerant(step):
-    """The tolerance is so wide that a wrong gradient passes."""
-    return checks_with(torch.optim.SGD, compare=lambda one, other: torch.allclose(one, other, atol=1.0))(step)
+    return checks_with(torch.optim.SGD, compare=within(1.0))(step)
+
+
+def rather_tolerant(step):
+    """A step that does not divide is noticed, but other wrong steps pass; compare the new weights closely with those
+    that the one large batch gives.
+    """
+    return checks_with(torch.optim.SGD, compare=within(0.1))(step)
+
+
+def with_equal_numbers(step):
+    """A step that divides by a wrong number passes, because that number happens to be right in your window; give each
+    micro-batch several samples, but not as many as there are micro-batches.
+    """
+    return checks_with(torch.optim.SGD, sizes=(3, 3, 3))(step)
+
+
+def with_one_sample_each(step):
+    return checks_with(torch.optim.SGD, sizes=(1, 1, 1))(step)
+
+
+with_one_sample_each.__doc__ = with_equal_numbers.__doc__
+
+
+def with_one_repeated(step):
+    """The test repeats one micro-batch, so a step that uses only one of them passes; draw each of them anew."""
+    return checks_with(torch.optim.SGD, same=True)(step)
 
 
 def on_unequal_sizes(step):
@@ -366,7 +407,7 @@ def always_right(step):
 
 
 too_tolerant.__doc__ = always_right.__doc__ = (
-    "The test accepts every step, the wrong ones too: does it compare at all, and how closely?"
+    "The test accepts wrong steps too: does it compare at all, with what, and how closely?"
 )
 
 
@@ -411,7 +452,19 @@ TEST = Question(
             after="every right step is called right",
         ),
     ),
-    (with_adam, with_one_micro_batch, to_the_last_bit, on_unequal_sizes, always_right, too_tolerant, always_wrong),
+    (
+        with_adam,
+        with_one_micro_batch,
+        to_the_last_bit,
+        on_unequal_sizes,
+        always_right,
+        too_tolerant,
+        rather_tolerant,
+        with_equal_numbers,
+        with_one_sample_each,
+        with_one_repeated,
+        always_wrong,
+    ),
     forbidden=(),
 )
 

@@ -57,6 +57,29 @@ def gives_a_closure(model, optimizer, inputs, targets):
     return optimizer.step(closure).tolist()
 
 
+def one_gradient_per_token(model, optimizer, inputs, targets):
+    before = 0.0
+    for token, target in zip(inputs.flatten(), targets.flatten(), strict=True):
+        loss = cross_entropy(model(token[None]), target[None]) / inputs.numel()
+        loss.backward()
+        before += loss.item()
+    optimizer.step()
+    for parameter in model.parameters():
+        parameter.grad = None
+    return before
+
+
+def spoils_the_batch(model, optimizer, inputs, targets):
+    before = clears_first(model, optimizer, inputs, targets)
+    inputs.zero_()
+    return before
+
+
+def makes_its_own_optimizer(model, optimizer, inputs, targets):
+    own = type(optimizer)(model.parameters(), lr=optimizer.param_groups[0]["lr"])
+    return clears_first(model, own, inputs, targets)
+
+
 def steps_twice(model, optimizer, inputs, targets):
     before = update(model, optimizer, flat(model, inputs, targets))
     optimizer.step()
@@ -97,6 +120,40 @@ def detached_and_weighted(model, batches):
     return total.item() / tokens
 
 
+def restores_the_gradients(model, batches):
+    held = [None if parameter.grad is None else parameter.grad.clone() for parameter in model.parameters()]
+    total = 0.0
+    for batch in batches:
+        loss = flat(model, *batch)
+        loss.backward()
+        total += loss.item()
+    for parameter, gradient in zip(model.parameters(), held, strict=True):
+        parameter.grad = gradient
+    return total / len(batches)
+
+
+def clears_the_gradients(model, batches):
+    total = 0.0
+    for batch in batches:
+        loss = flat(model, *batch)
+        loss.backward()
+        total += loss.item()
+        model.zero_grad()
+    return total / len(batches)
+
+
+def stays_frozen(model, batches):
+    model.requires_grad_(False)
+    return floats_in_a_list(model, batches)
+
+
+def empties_the_list(model, batches):
+    count, total = len(batches), 0.0
+    while batches:
+        total += flat(model, *batches.pop()).item()
+    return total / count
+
+
 def joins_them_all(model, batches):
     with torch.no_grad():
         inputs, targets = zip(*batches, strict=True)
@@ -116,12 +173,13 @@ def moves_the_weights(model, batches):
 
 
 RIGHT = {
-    "1.1": [clears_first, row_by_row_cleared_to_zeros, assigns_the_gradient, gives_a_closure],
-    "1.2": [floats_in_a_list, without_gradients, inferred, detached_and_weighted],
+    "1.1": [clears_first, row_by_row_cleared_to_zeros, assigns_the_gradient, gives_a_closure, one_gradient_per_token],
+    "1.2": [floats_in_a_list, without_gradients, inferred, detached_and_weighted, restores_the_gradients],
     "1.3": [
         lambda noise, batch_size, new_batch_size: noise / math.sqrt(new_batch_size / batch_size),
         lambda noise, batch_size, new_batch_size: torch.tensor(noise) * (batch_size / new_batch_size) ** 0.5,
         lambda noise, batch_size, new_batch_size: np.sqrt(noise**2 * batch_size / new_batch_size),
+        lambda noise, batch_size, new_batch_size: np.array(noise * math.sqrt(batch_size / new_batch_size)),
     ],
 }
 WRONG = {
@@ -129,13 +187,25 @@ WRONG = {
         steps_twice,
         last_position_alone,
         moves_by_its_own_rule,
+        spoils_the_batch,
+        makes_its_own_optimizer,
         lambda *step: round(clears_first(*step), 2),
         lambda *step: 0.0,
     ],
-    "1.2": [joins_them_all, keeps_the_logits, moves_the_weights, lambda model, batches: 0.0],
+    "1.2": [
+        joins_them_all,
+        keeps_the_logits,
+        moves_the_weights,
+        clears_the_gradients,
+        stays_frozen,
+        empties_the_list,
+        lambda model, batches: floats_in_a_list(model, batches[:10]),
+        lambda model, batches: 0.0,
+    ],
     "1.3": [
         lambda noise, batch_size, new_batch_size: noise / max(new_batch_size // batch_size, 1) ** 0.5,
         lambda noise, batch_size, new_batch_size: noise / 2 if new_batch_size > batch_size else noise * 2,
+        lambda noise, batch_size, new_batch_size: str(noise * (batch_size / new_batch_size) ** 0.5),
         lambda noise, batch_size, new_batch_size: None,
     ],
 }

@@ -76,6 +76,35 @@ def zeroes_in_place(model, optimizer, micro_batches):
         parameter.grad.zero_()
 
 
+def gives_a_closure(model, optimizer, micro_batches):
+    def closure():
+        optimizer.zero_grad()
+        total = 0.0
+        for inputs, targets in micro_batches:
+            loss = cross_entropy(model(inputs), targets)
+            loss.backward()
+            total += loss.item()
+        return total
+
+    optimizer.step(closure)
+
+
+def spoils_its_data(model, optimizer, micro_batches):
+    for inputs, targets in micro_batches:
+        cross_entropy(model(inputs), targets).backward()
+        inputs.zero_()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def empties_the_list(model, optimizer, micro_batches):
+    while micro_batches:
+        inputs, targets = micro_batches.pop()
+        cross_entropy(model(inputs), targets).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def clears_before_the_loop(model, optimizer, micro_batches, accumulation_steps):
     optimizer.zero_grad()
     for step, (inputs, targets) in enumerate(micro_batches, start=1):
@@ -131,7 +160,7 @@ def in_a_loop(model, optimizer, micro_batches, k):
 RIGHT = {
     "2.1": [asks_torch, looks_back, calls_itself],
     "2.2": [clears_at_the_start_of_a_window, cuts_into_windows, in_a_loop],
-    "2.3": [collects_by_hand, sums_backwards_and_clears_first, zeroes_in_place],
+    "2.3": [collects_by_hand, sums_backwards_and_clears_first, zeroes_in_place, gives_a_closure],
 }
 WRONG = {
     "2.1": [
@@ -140,8 +169,17 @@ WRONG = {
         lambda events: sum(abs(event) for event in events if event != "clear"),
         lambda events: [event for event in events if event != "clear"],
         lambda events: sum(events),
+        lambda events: str(looks_back(events)),
+        lambda events: looks_back(events[:6]),
     ],
     "2.2": [clears_before_the_loop, clears_when_it_does_not_step, steps_once_in_all],
-    "2.3": [steps_on_the_large_batch, clears_some, keeps_all_graphs, lambda *_: None],
+    "2.3": [
+        steps_on_the_large_batch,
+        clears_some,
+        keeps_all_graphs,
+        spoils_its_data,
+        empties_the_list,
+        lambda *_: None,
+    ],
 }
 EQUIVALENT = {}

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -42,6 +43,27 @@ def float32_factor(model, micro_batches):
     factor = torch.tensor(1.0, dtype=torch.float32) / len(micro_batches)
     for inputs, targets in micro_batches:
         (cross_entropy(model(inputs), targets) * factor).backward()
+
+
+def mean_so_far(model, micro_batches):
+    for before, (inputs, targets) in enumerate(micro_batches):
+        for parameter in model.parameters():
+            if before:
+                parameter.grad *= before / (before + 1)
+        (cross_entropy(model(inputs), targets) / (before + 1)).backward()
+
+
+def leaves_its_hooks(model, micro_batches):
+    for parameter in model.parameters():
+        parameter.register_hook(lambda gradient: gradient / len(micro_batches))
+    for inputs, targets in micro_batches:
+        cross_entropy(model(inputs), targets).backward()
+
+
+def spoils_its_data(model, micro_batches):
+    for inputs, targets in micro_batches:
+        (cross_entropy(model(inputs), targets) / len(micro_batches)).backward()
+        inputs.zero_()
 
 
 def divides_by_one_more(model, micro_batches):
@@ -95,6 +117,29 @@ def one_weight(step):
     return torch.dist(model.weight, twin.weight) < 1e-5
 
 
+def records_the_gradient(step):
+    """Gives an optimizer that only looks."""
+    model, seen = nn.Linear(2, 3), []
+    inputs, targets = torch.randn(6, 2), torch.randint(3, (6,))
+
+    class Recorder(torch.optim.SGD):
+        def step(self):
+            seen.extend(parameter.grad.clone() for parameter in model.parameters())
+
+    step(model, Recorder(model.parameters()), list(zip(inputs.split(3), targets.split(3), strict=True)))
+    expected = torch.autograd.grad(cross_entropy(model(inputs), targets), list(model.parameters()))
+    return max((one - other).abs().max() for one, other in zip(seen, expected, strict=True)) < 1e-5
+
+
+def repeats_one_micro_batch(step):
+    model = nn.Linear(3, 3)
+    twin = copy.deepcopy(model)
+    batch = torch.randn(4, 3), torch.randint(3, (4,))
+    step(model, torch.optim.SGD(model.parameters(), lr=0.5), [batch] * 3)
+    step(twin, torch.optim.SGD(twin.parameters(), lr=0.5), [batch])
+    return torch.allclose(model.weight, twin.weight)
+
+
 def only_one_update_looked_at(step):
     """Notices that the weights moved, not where to."""
     model = nn.Linear(3, 3)
@@ -110,17 +155,28 @@ RIGHT = {
         passes_the_gradient_in,
         divides_at_the_end_in_place,
         float32_factor,
+        mean_so_far,
     ],
     "3.2": [
         lambda reduction, sizes: float(len(sizes)) if reduction == "mean" else float(sum(sizes)),
         lambda reduction, sizes: {"mean": len(sizes), "sum": len(sizes) * sizes[0]}[reduction],
+        lambda reduction, sizes: torch.tensor(sizes).sum() if reduction == "sum" else np.size(sizes),
+        lambda reduction, sizes: np.sum(sizes) if reduction == "sum" else 1 / (1 / len(sizes)),
     ],
-    "3.3": [gradients_compared, one_weight],
+    "3.3": [gradients_compared, one_weight, records_the_gradient],
 }
 WRONG = {
-    "3.1": [divides_by_one_more, leaves_the_first_out, does_nothing, keeps_all_graphs],
+    "3.1": [
+        divides_by_one_more,
+        leaves_the_first_out,
+        does_nothing,
+        keeps_all_graphs,
+        leaves_its_hooks,
+        spoils_its_data,
+        lambda model, micro_batches: mean_so_far(model, micro_batches[:5]),
+    ],
     "3.2": [lambda reduction, sizes: len(sizes) + 1, lambda reduction, sizes: None, lambda reduction, sizes: 0],
-    "3.3": [only_one_update_looked_at, lambda step: None],
+    "3.3": [only_one_update_looked_at, repeats_one_micro_batch, lambda step: None],
 }
 # Mutants of the reference answers that are right too, and why.
 EQUIVALENT = {

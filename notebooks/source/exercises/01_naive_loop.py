@@ -28,7 +28,7 @@ from gradaccum.exercises import attempt, check
 # - `inputs` and `targets` hold tokens, both of shape `(rows, length)`. There may be one row, or one token.
 # - The loss is the mean of `cross_entropy` over all the tokens.
 # - `optimizer` holds the model's parameters. Any optimizer may come, so let it move the weights.
-# - Before the first call `.grad` is empty. The function is called many times, with one batch after the other; each call updates by the gradient of its own batch alone. Whether you clear first or last is up to you: both pass.
+# - Before the first call `.grad` is empty. The function is called many times, with one batch after the other; each call updates by the gradient of its own batch alone. In the next epoch the batches come again, so leave them as they are. Whether you clear first or last is up to you: both pass.
 # - A loss tensor that you return holds its **graph**: all that the forward pass kept for the backward pass. A Python float, such as `2.5`, holds nothing.
 #
 # **Example.** A model that gives all of 1000 tokens the same score has the loss log 1000 = 6.908.
@@ -98,8 +98,9 @@ check("1.1", training_step)
 # Find out why, and repair the function.
 #
 # - `batches` is a list of pairs `inputs, targets`, all of the same shape `(rows, length)`; `model` is as in exercise 1.1.
-# - Return the mean loss as a Python float. Leave the weights and `.grad` as they are.
-# - However many batches there are, the peak memory must stay that of a few.
+# - Return the mean loss as a Python float.
+# - Training goes on afterwards: leave the weights, `.grad` (which may hold something) and the batches as they are, and all weights able to train.
+# - However many batches there are, the peak memory must stay that of one or two.
 #
 # It helps to know: a loss holds its graph, with the activations that the forward pass kept, until it has been through `backward()`, or until nothing refers to the loss any more.
 # What is computed from a tensor refers to that tensor's graph.

@@ -82,7 +82,7 @@ check("2.1", held)
 # It returns nothing.
 #
 # - `model` takes inputs of shape `(n, 3)` to logits of shape `(n, 3)`, and `optimizer` is plain SGD over its parameters. All gradients are empty when you get them.
-# - `micro_batches` is a list of pairs: inputs of shape `(n, 3)`, and targets of shape `(n,)`, as `cross_entropy` takes them. All have the same n, and their number is a multiple of `accumulation_steps`.
+# - `micro_batches` is a list of pairs: inputs of shape `(n, 3)`, and targets of shape `(n,)`, as `cross_entropy` takes them. All have the same n, and their number is a multiple of `accumulation_steps`. The same ones may come again later, so leave them as they are.
 # - `accumulation_steps` is an int, 1 or more. With 1, every micro-batch makes its own update; the code as it is does that already.
 #
 # **Example.** Say that four micro-batches have the gradients 2, 4, 1 and 3, wherever the one weight stands.
@@ -144,7 +144,7 @@ check("2.2", train)
 # It makes exactly one update, by the sum of the gradients of all its micro-batches, and returns nothing.
 #
 # - `model` takes inputs of shape `(n, 3)` to logits of shape `(n, 3)`, and `optimizer` is plain SGD over its parameters.
-# - `micro_batches` is one window: a list of at least one pair of inputs of shape `(n, 3)` and targets of shape `(n,)`. All have the same n. Each one's loss is the mean that `cross_entropy` gives.
+# - `micro_batches` is one window: a list of at least one pair of inputs of shape `(n, 3)` and targets of shape `(n,)`. All have the same n. Each one's loss is the mean that `cross_entropy` gives. The same window may come again later, so leave it as it is.
 # - Your function is called again and again, each time with the next window. All gradients are empty at the first call; what a call leaves in them must not change the next update.
 # - Hold one micro-batch's activations at a time.
 #

@@ -29,7 +29,8 @@ from gradaccum.exercises import attempt, check
 #
 # - `model` takes inputs of shape `(n, 3)` to logits of shape `(n, 3)`. Its gradients are empty when you get it.
 # - `micro_batches` is a list of pairs: inputs of shape `(n, 3)`, and targets of shape `(n,)`, as `cross_entropy` takes them. There may be any number of them; all have the same n.
-# - Hold one micro-batch's activations at a time. Do not change the weights.
+# - Hold one micro-batch's activations at a time.
+# - Leave the model (but for `.grad`) and the micro-batches as they are: called again after `model.zero_grad()`, your function gives the same gradient.
 #
 # **Example.** With a model that has one weight, and a loss whose mean gradient is 2 for the first micro-batch and 4 for the second, `.grad` ends as 3.
 
@@ -182,6 +183,13 @@ check("3.3", is_right)
 # <details><summary>Help: my test accepts a step that does not divide</summary>
 #
 # Which optimizer did you give it, and how many micro-batches?
+#
+# </details>
+# <details><summary>Help: my test accepts some other wrong step</summary>
+#
+# Which numbers could a wrong step divide by: k, the samples of a micro-batch, all samples, k twice?
+# Is one of them 1 in your window, or are two of them equal?
+# And is each micro-batch another one?
 #
 # </details>
 
