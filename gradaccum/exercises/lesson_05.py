@@ -7,15 +7,21 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from gradaccum import data
-from gradaccum.exercises.material import gradient, measure_memory, token_model, weights
+from gradaccum.exercises.material import measure_memory, token_model, weights
 from gradaccum.exercises.question import Difference, Property, Question
+
+
+def plain_number(value):
+    """Make a number of any kind plain; leave what is none, such as a text, for the card to show."""
+    return float(value) if hasattr(value, "__float__") else value
+
 
 # --------------------------------------------------------------------- 5.1: weights for means
 
 
 def answered_weights(answer, case):
     found = answer(list(case["counts"]))
-    return found if found is None else [float(weight) for weight in found]
+    return list(map(plain_number, found)) if hasattr(found, "__iter__") else plain_number(found)
 
 
 def shares(case):
@@ -89,7 +95,7 @@ WEIGHTS = Question(
 
 
 def text(counts, seed, vocabulary=7):
-    """Draw padded text: each micro-batch has rows with these numbers of targets, and around them all is ignored."""
+    """Draw padded text: each micro-batch has rows with these numbers of targets; in between all is ignored."""
     draw, window = torch.Generator().manual_seed(seed), []
     for rows in counts:
         inputs = torch.zeros(len(rows), max(rows) + 2, dtype=torch.int64)
@@ -99,7 +105,8 @@ def text(counts, seed, vocabulary=7):
             targets[row, 1 : count + 1] = torch.randint(vocabulary, (count,), generator=draw)
             if count:
                 targets[row, count] = 0  # a line's end, as in the lesson
-        window.append((inputs, targets))
+        order = torch.randperm(inputs.shape[1], generator=draw)  # ignored may be any place
+        window.append((inputs[:, order], targets[:, order]))
     return window
 
 
@@ -113,28 +120,34 @@ def mean_over_targets(model, window):
 
 
 def last_step(answer, case):
-    """Step through the window before, if there is one, then through this one; the update with lr=1 is the gradient."""
+    """Step through the window before, if there is one, then through this one: the same list, if they are equal."""
     model, updates = token_model(case["seed"]), []
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.5)  # no learning rate makes up for a divisor
     optimizer.register_step_post_hook(lambda *_: updates.append(1))
+    windows = {str(counts): text(counts, case["seed"]) for counts in (case["before"], case["counts"])}
     for counts in filter(None, (case["before"], case["counts"])):
         updates.clear()
         start = weights(model)
-        loss = answer(model, optimizer, text(counts, case["seed"]))
-    moved = [one - other for one, other in zip(start, weights(model), strict=True)]
-    found = {"updates": len(updates), "gradient": moved, "loss": None if loss is None else float(loss)}
+        loss = answer(model, optimizer, windows[str(counts)])
+    found = {"updates": len(updates), "change of the weights": moved(model, start), "loss": plain_number(loss)}
     # As a word, a nan is equal to another one, so that a mistake can be recognized by it.
     return {name: "not a number" if "nan" in str(found[name]) else found[name] for name in case["compared"]}
 
 
+def moved(model, start):
+    return [after - before for after, before in zip(weights(model), start, strict=True)]
+
+
 def full_batch_step(case):
     model = token_model(case["seed"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.5)
     for counts in filter(None, (case["before"], case["counts"])):
-        model.zero_grad()
+        start = weights(model)
+        optimizer.zero_grad()
         loss = mean_over_targets(model, text(counts, case["seed"]))
         loss.backward()
-        torch.optim.SGD(model.parameters(), lr=1.0).step()
-    found = {"updates": 1, "gradient": gradient(model), "loss": loss.item()}
+        optimizer.step()
+    found = {"updates": 1, "change of the weights": moved(model, start), "loss": loss.item()}
     return {name: found[name] for name in case["compared"]}
 
 
@@ -157,7 +170,7 @@ def plain_peak(case):
     return 2 * peak(update_with(filled_with(by_count)), case)
 
 
-def windows_of(*shapes, before=(), compared=("updates", "gradient")):
+def windows_of(*shapes, before=(), compared=("updates", "change of the weights")):
     rest = {"before": list(before), "compared": list(compared)}
     return lambda draw: [{"counts": counts, "seed": draw.randrange(10**6), **rest} for counts in shapes]
 
@@ -235,6 +248,13 @@ def padding_counted(model, micro_batches):
         yield loss_of(model, *each) / sum(targets.numel() for _, targets in micro_batches)
 
 
+def ignored_overwritten(model, micro_batches):
+    """Ignored targets are overwritten, and in the next epoch they count; leave the window's tensors as they are."""
+    yield from by_count(model, micro_batches)
+    for _, targets in micro_batches:
+        targets.clamp_(min=0)
+
+
 def inputs_counted(model, micro_batches):
     """The divisor counts inputs; count the targets that are not -100, which is another number."""
     for each in micro_batches:
@@ -308,16 +328,22 @@ def last_loss(model, micro_batches):
 FULL = "the update is that of the mean loss over all targets of the window"
 EMPTY = "a micro-batch without any target changes nothing"
 LOSS = "the mean loss over all targets is returned"
-AGAIN = "the next window starts without the gradients of the one before"
+AGAIN = "the next window starts afresh, and the same one does in the next epoch"
 HELD = "one micro-batch's activations are held at a time"
 TOKENS = "targets in the rows of each micro-batch: {counts}, and the rest ignored"
-TWICE = "a window with {before} targets, then one with {counts}"
+TWICE = "a window with {before} targets, then one with {counts}, the same list if these are equal"
 MANY, ALIKE = "8 micro-batches of 4 rows with 20 targets each", windows_of([[20] * 4] * 8)
 empty_ones = windows_of([[3, 1], [0, 0], [2]], [[0], [4]], [[5, 1], [2], [0]])
-seconds = windows_of([[2], [2]], [[1, 3], [2, 2]], before=[[3], [3]])
+
+
+def seconds(draw):
+    others = windows_of([[2], [2]], [[1, 3], [2, 2]], before=[[3], [3]])
+    return others(draw) + windows_of([[3, 1], [2]], before=[[3, 1], [2]])(draw)
+
+
 losses = windows_of([[4, 2], [1]], [[3, 1], [0, 0], [2]], compared=["loss"])
 WRONG_MEANS = mean_of_means, weighted_means, rows_counted, not_divided, count_so_far
-WRONG_REST = padding_counted, inputs_counted, cleared_inside, one_backward, made_one
+WRONG_REST = padding_counted, inputs_counted, cleared_inside, one_backward, made_one, ignored_overwritten
 STEP = Question(
     "5.2",
     "The token-weighted step",
@@ -377,10 +403,11 @@ REPAIR = Question(
     (
         Property(KEPT, 0, unequal, as_step(last_step), full_batch_step, TOKENS),
         Property(LOSS, 0, losses, as_step(last_step), full_batch_step, TOKENS),
+        Property(AGAIN, 0, seconds, as_step(last_step), full_batch_step, TWICE),
         Property(HELD, 3, ALIKE, as_step(peak), plain_peak, MANY, judge=at_most, after=KEPT, by_value=False),
     ),
     (
-        *map(filled_with, (one_backward, made_one, mean_of_means, not_divided, count_so_far)),
+        *map(filled_with, (one_backward, made_one, mean_of_means, not_divided, count_so_far, ignored_overwritten)),
         *(running_sum, graphs_retained, summed_loss, last_loss),
     ),
     given=window_gradient,
@@ -402,6 +429,11 @@ def scaled_afterwards(model, micro_batches):
             parameter.grad /= count_of(*micro_batches)
 
 
+def first_not_moved(model, micro_batches):
+    yield from by_count(model, micro_batches)
+    next(model.parameters()).grad.zero_()
+
+
 def one_left_out(model, micro_batches):
     yield from list(by_count(model, micro_batches))[:-1]
 
@@ -417,6 +449,7 @@ WRONG_STEPS = {
     "does not divide": not_divided,
     "clears inside the window": cleared_inside,
     "leaves the last micro-batch out": one_left_out,
+    "moves only some of the weights": first_not_moved,
 }
 
 
@@ -448,7 +481,8 @@ def trial(step, window, optimizer=torch.optim.SGD, lr=0.5, rtol=1e-5, mean=mean_
 
 
 def without_ignored(window):
-    return [(inputs[:, 1:-1], targets[:, 1:-1]) for inputs, targets in window]
+    kept = [targets != data.IGNORED for _, targets in window]
+    return [tuple(part[here].view(len(part), -1) for part in each) for each, here in zip(window, kept, strict=True)]
 
 
 UNLIKE = text([[5, 2], [2]], seed=1)  # 7 of 9 is rounded in float32

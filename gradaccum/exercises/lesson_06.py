@@ -13,9 +13,11 @@ from gradaccum.exercises.question import Difference, Property, Question
 
 
 def plain_number(value):
-    """Make a number plain: a whole float or a tensor of one number becomes an int."""
-    number = None if value is None else float(value)
-    return int(number) if number is not None and number.is_integer() else number
+    """Make a number of any kind plain, an int if it is whole; leave what is none, such as a text, to be shown."""
+    if not hasattr(value, "__float__"):
+        return value
+    number = float(value)
+    return int(number) if number.is_integer() else number
 
 
 def at_most(unit):
@@ -170,9 +172,7 @@ def rows_for_tokens(*shape):
     return total((rows, 1, *others))
 
 
-SHAPE = (
-    "{rows} rows of {length} tokens, width {width}, vocabulary {vocabulary}, accumulation steps {accumulation_steps}"
-)
+SHAPE = "rows {rows}, length {length}, width {width}, vocabulary {vocabulary}, accumulation steps {accumulation_steps}"
 PEAK = Question(
     "6.1",
     "The peak, to the byte",
@@ -204,8 +204,15 @@ PEAK = Question(
 
 def peak_of_case(case):
     """Make peak_of: in proportion to the samples, rounded up to whole steps, and flat up to the least."""
-    base, each, least, step = (case[name] for name in ("base", "each", "least", "step"))
-    return lambda micro_batch: base + each * max(least, -(-int(micro_batch) // step) * step)
+    peak, samples = case["peak"], case["effective_batch"]
+    least, step = peak.get("flat up to", 0), peak.get("in steps of", 1)
+
+    def peak_of(micro_batch):
+        if micro_batch not in range(1, samples + 1):
+            raise ValueError(f"peak_of takes an int from 1 to {samples:,}, and was called with {micro_batch}.")
+        return peak["base"] + peak["for each sample"] * max(least, -(-int(micro_batch) // step) * step)
+
+    return peak_of
 
 
 def planning(*rows):
@@ -215,7 +222,10 @@ def planning(*rows):
         found = []
         for samples, fitting, least, step in rows:
             base, each = draw.randrange(100, 1000), draw.randrange(10, 99)
-            case = {"effective_batch": samples, "base": base, "each": each, "least": least, "step": step}
+            peak = {"base": base, "for each sample": each}
+            peak |= {"in steps of": step} if step > 1 else {}
+            peak |= {"flat up to": least} if least else {}
+            case = {"effective_batch": samples, "peak": peak}
             room = len(found) % 2 * (each // 2)  # every other budget is met exactly
             budget = peak_of_case(case)(fitting) + room if fitting else base + draw.randrange(each)
             found.append({**case, "budget": budget})
@@ -230,7 +240,12 @@ def summary(sizes):
 
 def planned(answer, case):
     sizes = answer(peak_of_case(case), case["effective_batch"], case["budget"])
-    return None if sizes is None else summary([plain_number(size) for size in sizes])
+    if sizes is None:
+        return None
+    plain = [plain_number(size) for size in sizes] if hasattr(sizes, "__iter__") else ["none"]
+    if not all(isinstance(size, int | float) for size in plain):
+        raise TypeError(f"A plan is a list of ints, one for each micro-batch, and this returned {sizes!r:.80}.")
+    return summary(plain)
 
 
 def one_by_one(case):
@@ -335,10 +350,7 @@ def single_anyway(peak_of, effective_batch, budget):
     return cut(effective_batch, max(1, largest(peak_of, effective_batch, budget)))
 
 
-SITUATION = (
-    "effective batch {effective_batch}, budget {budget}, a peak of {base} and {each} for each sample, "
-    "in steps of {step}, flat up to {least}"
-)
+SITUATION = "effective batch {effective_batch}, budget {budget}, and a peak with {peak}"
 
 
 def plans(name, points, *rows, after=""):
@@ -354,7 +366,14 @@ PLAN = Question(
         plans(
             "where it does not, a shorter one at the end keeps the effective batch exact",
             2,
-            *((256, 186, 0, 1), (61, 12, 5, 1), (256, 96, 20, 8), (100, 99, 0, 1), (50, 15, 15, 5)),
+            *(
+                (256, 186, 0, 1),
+                (61, 12, 5, 1),
+                (256, 96, 20, 8),
+                (100, 99, 0, 1),
+                (50, 15, 15, 5),
+                (10**4, 7001, 0, 1),
+            ),
         ),
         plans(
             "an empty list where not even one sample fits", 1, (50, 0, 0, 1), (1, 0, 0, 1), (24, 0, 3, 4), after=EQUAL
@@ -521,7 +540,9 @@ def trained(case):
 def two_updates(answer, case):
     model, optimizer, window = trained(case)
     returned = [answer(model, optimizer, each) for each in (window, window[::-1])]
-    pairs = [list(map(float, each)) if isinstance(each, tuple | list) else [None, None] for each in returned]
+    pairs = [list(map(plain_number, each)) if hasattr(each, "__iter__") else [] for each in returned]
+    if any(len(pair) != 2 for pair in pairs):
+        raise TypeError(f"Return two numbers, the mean loss and the share; this returned {returned[0]!r:.80}.")
     return weights(model), {"losses": [loss for loss, _ in pairs], "shares": [share for _, share in pairs]}
 
 

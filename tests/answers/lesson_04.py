@@ -1,8 +1,10 @@
 """Lesson 4: further right answers, which must get full points, and wrong ones, which must not."""
 
 import math
-from itertools import chain, islice
+from fractions import Fraction
+from itertools import chain, islice, zip_longest
 
+import numpy
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -29,6 +31,25 @@ def first_and_rest(micro_batches, accumulation_steps):
     stream = iter(micro_batches)
     for first in stream:
         yield [first, *islice(stream, accumulation_steps - 1)]
+
+
+def fills_up(micro_batches, accumulation_steps):
+    nothing = object()
+    for filled in zip_longest(*[iter(micro_batches)] * accumulation_steps, fillvalue=nothing):
+        yield [each for each in filled if each is not nothing]
+
+
+def until_falsy(micro_batches, k):
+    stream = iter(micro_batches)
+    while first := next(stream, None):
+        yield [first, *islice(stream, k - 1)]
+
+
+def calls_itself(micro_batches, k):
+    stream = iter(micro_batches)
+    if window := list(islice(stream, k)):
+        yield window
+        yield from calls_itself(stream, k)
 
 
 def slices_of_the_stream(micro_batches, k):
@@ -66,6 +87,28 @@ def by_hand(model, optimizer, micro_batches, accumulation_steps):
         for parameter, held in zip(parameters, total, strict=True):
             parameter.grad = held / len(window)
         optimizer.step()
+
+
+def by_closure(model, optimizer, micro_batches, accumulation_steps):
+    for window in collects(micro_batches, accumulation_steps):
+
+        def closure(window=window):
+            optimizer.zero_grad()
+            for inputs, targets in window:
+                (cross_entropy(model(inputs), targets) / len(window)).backward()
+
+        optimizer.step(closure)
+
+
+def smaller_learning_rate(model, optimizer, micro_batches, k):
+    """Right for plain SGD only."""
+    for window in collects(micro_batches, k):
+        for inputs, targets in window:
+            cross_entropy(model(inputs), targets).backward()
+        optimizer.param_groups[0]["lr"] /= len(window)
+        optimizer.step()
+        optimizer.param_groups[0]["lr"] *= len(window)
+        optimizer.zero_grad()
 
 
 def one_step_too_many(model, optimizer, micro_batches, k):
@@ -155,14 +198,23 @@ def after_the_update(model, optimizer, windows):
         yield sum(cross_entropy(model(inputs), targets).item() for inputs, targets in window) / len(window)
 
 
+def backward_at_the_end(model, optimizer, windows):
+    for window in windows:
+        loss = sum(cross_entropy(model(inputs), targets) for inputs, targets in window) / len(window)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield loss.item()
+
+
 def trains_no_more(model, optimizer, windows):
     return [sum(cross_entropy(model(x), y).item() for x, y in window) / len(window) for window in windows]
 
 
 RIGHT = {
-    "4.1": [collects, until_empty, first_and_rest],
-    "4.2": [with_parity, summed_and_cleared_first, by_hand],
-    "4.3": [*map(each_epoch, (with_parity, summed_and_cleared_first, by_hand)), module_windows],
+    "4.1": [collects, until_empty, first_and_rest, fills_up],
+    "4.2": [with_parity, summed_and_cleared_first, by_hand, by_closure],
+    "4.3": [*map(each_epoch, (with_parity, summed_and_cleared_first, by_hand, by_closure)), module_windows],
     "4.4": [
         logging(lambda losses: sum(loss.item() for loss in losses) / len(losses)),
         logging(lambda losses: sum(loss.detach() for loss in losses) / len(losses)),
@@ -174,21 +226,31 @@ RIGHT = {
         lambda n, k, epochs: float((n + k - 1) // k * epochs),
         lambda n, k, epochs: torch.tensor(len(range(0, n, k)) * epochs),
         lambda n, k, epochs: epochs * len(gradaccum.windows(range(n), k)),
+        lambda n, k, epochs: Fraction(-(-n // k)) * epochs,
+        lambda n, k, epochs: numpy.int64(-(-n // k) * epochs),
     ],
 }
 WRONG = {
     "4.1": [
         slices_of_the_stream,
+        until_falsy,
+        calls_itself,
         does_nothing,
         lambda micro_batches, k: [list(micro_batches)],
         lambda micro_batches, k: [list(micro_batches)[start::k] for start in range(k)],
     ],
-    "4.2": [one_step_too_many, divided_by_all, one_backward, does_nothing],
-    "4.3": [each_epoch(divided_by_all), each_epoch(one_step_too_many), cleared_at_the_start, does_nothing],
+    "4.2": [one_step_too_many, divided_by_all, one_backward, smaller_learning_rate, does_nothing],
+    "4.3": [
+        *map(each_epoch, (divided_by_all, one_step_too_many, smaller_learning_rate)),
+        cleared_at_the_start,
+        does_nothing,
+    ],
     "4.4": [
         logging(lambda losses: losses[0].item()),
         logging(lambda losses: max(losses).item()),
         after_the_update,
+        backward_at_the_end,
+        lambda *arguments: list(map(str, before_the_update(*arguments))),
         trains_no_more,
         does_nothing,
     ],
@@ -196,6 +258,8 @@ WRONG = {
         lambda n, k, epochs: round(n / k) * epochs,
         lambda n, k, epochs: n * k * epochs,
         lambda n, k, epochs: -(-n // k) + epochs,
+        lambda n, k, epochs: int(n / k + 0.99) * epochs,
+        lambda n, k, epochs: str(-(-n // k) * epochs),
         does_nothing,
     ],
 }

@@ -85,6 +85,18 @@ def stops_at_the_empty(model, micro_batches):
     return divides_at_the_end(model, micro_batches[: [*empty, True].index(True)] or micro_batches)
 
 
+def padding_at_the_edges_only(model, micro_batches):
+    """Takes a row's targets to be those that follow its first place."""
+    count, total = count_of(micro_batches), 0.0
+    for inputs, targets in micro_batches:
+        for row, wanted in zip(inputs, targets, strict=True):
+            here = slice(1, 1 + int((wanted != data.IGNORED).sum()))
+            loss = cross_entropy(model(row[None])[0][here], wanted[here], reduction="sum") / count
+            loss.backward()
+            total += loss.item()
+    return total
+
+
 def keeps_all_graphs(model, micro_batches):
     kept = [loss_sum(model, micro_batch) / count_of(micro_batches) for micro_batch in micro_batches]
     for loss in kept:
@@ -111,6 +123,28 @@ def clears_first(model, optimizer, micro_batches):
     mean = row_by_row(model, micro_batches)
     optimizer.step()
     return mean
+
+
+def by_closure(model, optimizer, micro_batches):
+    def closure():
+        optimizer.zero_grad()
+        return collects_by_hand(model, micro_batches)
+
+    return optimizer.step(closure)
+
+
+def smaller_learning_rate(model, optimizer, micro_batches):
+    """Right for plain SGD only."""
+    total, count = 0.0, count_of(micro_batches)
+    for micro_batch in micro_batches:
+        loss = loss_sum(model, micro_batch)
+        loss.backward()
+        total += loss.item()
+    optimizer.param_groups[0]["lr"] /= count
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] *= count
+    optimizer.zero_grad()
+    return total / count
 
 
 def clears_before_the_step(model, optimizer, micro_batches):
@@ -147,6 +181,30 @@ def two_windows_in_float32(step):
     return all(torch.allclose(*pair, atol=1e-6) for pair in zip(model.parameters(), twin.parameters(), strict=True))
 
 
+def two_updates_with_momentum(step):
+    """Takes its own text twice, and hands back a tensor."""
+    window = [WORDS.batch(["OX", "COW"]), WORDS.batch(["ELEPHANT"])]
+    model = models.embedding_linear(len(WORDS), 4)
+    twin = copy.deepcopy(model)
+    ours, theirs = (torch.optim.SGD(each.parameters(), lr=0.1, momentum=0.9) for each in (model, twin))
+    for _ in range(2):
+        step(model, ours, window)
+        theirs.zero_grad()
+        (loss_sum(twin, WORDS.batch(["OX", "COW", "ELEPHANT"])) / count_of(window)).backward()
+        theirs.step()
+    pairs = zip(model.parameters(), twin.parameters(), strict=True)
+    return sum((one - other).norm() for one, other in pairs) < 1e-5
+
+
+def looks_at_the_bias_only(step):
+    window = [WORDS.batch(["OX", "COW"]), WORDS.batch(["ELEPHANT"])]
+    model = models.embedding_linear(len(WORDS), 4)
+    full = full_batch_gradient(model, window, lambda each: loss_sum(model, each), data.count_targets)
+    before = model[1].bias.detach().clone()
+    step(model, torch.optim.SGD(model.parameters(), lr=1.0), window)
+    return torch.allclose(before - model[1].bias, full[-1])
+
+
 def compared_by(measure, names=("OX", "ELEPHANT", "COW")):
     """Make a test that compares the two updates in one way only."""
 
@@ -164,30 +222,33 @@ def compared_by(measure, names=("OX", "ELEPHANT", "COW")):
 
 RIGHT_FILLS = [means_in_float32_without_the_empty, collects_by_hand, divides_at_the_end, row_by_row]
 WRONG_FILLS = [means_of_those_with_targets, zero_over_zero, stops_at_the_empty, keeps_all_graphs]
-WRONG_FILLS += [returns_nothing, lambda model, micro_batches: None]
+WRONG_FILLS += [padding_at_the_edges_only, returns_nothing, lambda model, micro_batches: None]
 RIGHT = {
     "5.1": [
         lambda counts: torch.tensor(counts, dtype=torch.float32) / sum(counts),
         lambda counts: (Fraction(count, sum(counts)) for count in counts),
         lambda counts: tuple(torch.tensor(counts) * (1 / sum(counts))),
     ],
-    "5.2": [*map(clears_last, RIGHT_FILLS), clears_first],
+    "5.2": [*map(clears_last, RIGHT_FILLS), clears_first, by_closure],
     "5.3": RIGHT_FILLS,
-    "5.4": [gradients_compared, two_windows_in_float32, compared_by(torch.allclose)],
+    "5.4": [gradients_compared, two_windows_in_float32, two_updates_with_momentum, compared_by(torch.allclose)],
 }
 WRONG = {
     "5.1": [
         lambda counts: None,
         lambda counts: [count // sum(counts) for count in counts],
+        lambda counts: [str(count / sum(counts)) for count in counts],
+        lambda counts: sum(counts),
         lambda counts: [round(count / sum(counts), 2) for count in counts],
         lambda counts: [count / sum(counts) / len(counts) for count in counts],
         lambda counts: [bool(count) / sum(map(bool, counts)) for count in counts],
         lambda counts: torch.softmax(torch.tensor(counts, dtype=torch.float64), dim=0),
     ],
-    "5.2": [*map(clears_last, WRONG_FILLS), clears_before_the_step],
+    "5.2": [*map(clears_last, WRONG_FILLS), clears_before_the_step, smaller_learning_rate],
     "5.3": WRONG_FILLS,
     "5.4": [
         lambda step: None,
+        looks_at_the_bias_only,
         compared_by(torch.allclose, names=["ELEPHANT"]),
         compared_by(lambda one, other: torch.allclose(one, other, atol=1.0)),
         compared_by(lambda one, other: cosine_similarity(one, other, dim=0) > 0.99999),

@@ -76,6 +76,26 @@ def shorter_one_first(peak_of, effective_batch, budget):
     return list(recursive(peak_of, effective_batch, budget))[::-1]
 
 
+def beyond_the_batch(peak_of, effective_batch, budget):
+    """Asks for peaks of more samples than there are, which in earnest is no memory left."""
+    most = 1
+    while peak_of(most) <= budget:
+        most *= 2
+    return list(by_bisect(peak_of, min(most, effective_batch), budget))
+
+
+def nine_halvings(peak_of, effective_batch, budget):
+    fits, too_large = 0, effective_batch + 1
+    for _ in range(9):
+        middle = (fits + too_large) // 2
+        fits, too_large = (middle, too_large) if middle and peak_of(middle) <= budget else (fits, middle)
+    return list(by_bisect(lambda n: n, effective_batch, fits))
+
+
+def size_alone(peak_of, effective_batch, budget):
+    return max(by_bisect(peak_of, effective_batch, budget), default=0)
+
+
 def halves_only(peak_of, effective_batch, budget):
     size = effective_batch
     while size and peak_of(size) > budget:
@@ -160,6 +180,21 @@ def looks_first(model, optimizer, window):
     return summed, right
 
 
+def by_closure(model, optimizer, window):
+    found = []
+
+    def closure():
+        optimizer.zero_grad()
+        for inputs, targets in window:
+            logits = model(inputs)
+            loss = cross_entropy(logits.transpose(1, 2), targets) / len(window)
+            loss.backward()
+            found.append([loss.item(), (logits.argmax(-1) == targets).double().mean().item() / len(window)])
+
+    optimizer.step(closure)
+    return [sum(each) for each in zip(*found, strict=True)]
+
+
 def keeps_probabilities(model, optimizer, window):
     kept = []
     for inputs, targets in window:
@@ -193,20 +228,31 @@ RIGHT = {
     "6.1": [measures, counts_numbers_as_floats],
     "6.2": [doubles_then_narrows, by_bisect, recursive],
     "6.3": [ledger, by_cases],
-    "6.4": [detached_losses_kept, gradients_by_hand, looks_first],
+    "6.4": [
+        detached_losses_kept,
+        gradients_by_hand,
+        looks_first,
+        by_closure,
+        lambda *known: torch.stack(looks_first(*known)),
+    ],
 }
 WRONG = {
-    "6.1": [embedding_of_the_window, fixed_length],
-    "6.2": [shorter_one_first, halves_only, everything_at_once, none_where_nothing_fits],
-    "6.3": [free, step_forgotten],
-    "6.4": [keeps_probabilities, never_clears, returns_sums],
+    "6.1": [embedding_of_the_window, fixed_length, lambda *shape: str(int(counts_numbers_as_floats(*shape)))],
+    "6.2": [
+        *(shorter_one_first, halves_only, everything_at_once, none_where_nothing_fits),
+        *(beyond_the_batch, nine_halvings, size_alone, lambda *question: list(map(str, by_bisect(*question)))),
+    ],
+    "6.3": [
+        free,
+        step_forgotten,
+        lambda *held: str(by_cases(*held)),
+        lambda *held: (held[3] > 1) * (held[1] - held[2]),
+    ],
+    "6.4": [keeps_probabilities, never_clears, returns_sums, lambda *known: detached_losses_kept(*known)[0]],
 }
 # Mutants of the reference answers that are right too, and why.
 EQUIVALENT = {
     "6.1": {"5: tokens // accumulation_steps -> tokens / accumulation_steps": "it divides the rows, and so the tokens"},
-    "6.2": {
-        "4: 1 -> 2": "where one sample more than all fits too, no whole micro-batch and all samples as the rest remain"
-    },
     "6.4": {
         "9: loss.item() -> loss": "a loss that has been through backward holds no activations, and is a number too",
         "10: (logits.argmax(1) == targets).sum().item() -> (logits.argmax(1) == targets).sum()": "a number too",

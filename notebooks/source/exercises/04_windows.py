@@ -33,6 +33,7 @@ from gradaccum.exercises import attempt, check
 # - `accumulation_steps` is an int of at least 1.
 # - Yield the lists, or return something that can be iterated over; tuples are as good as lists. Each list must stay as it is when the next one comes.
 # - When a list is handed out, nothing beyond it has been read.
+# - A micro-batch may be anything, and there may be many thousands of them.
 # - Write it out, without `gradaccum.windows`.
 #
 # **Example.** `list(group(range(1, 8), 3))` is `[[1, 2, 3], [4, 5, 6], [7]]`.
@@ -93,7 +94,8 @@ check("4.1", group)
 # - `accumulation_steps` is an int of at least 1. There may be fewer micro-batches than that.
 # - Call `optimizer.step()` once for each window. Hold one micro-batch's activations at a time.
 # - The gradients are empty before the first epoch. Your function is called once for each epoch, and nothing of one epoch may reach the next.
-# - Cut the windows yourself, without `gradaccum.windows`.
+# - The check trains with momentum: the gradient has to be right, and another learning rate is no cure.
+# - Cut the windows yourself, without `gradaccum.windows`, and leave the list as it is.
 #
 # **Example.** Seven micro-batches and k = 3 make three updates: from 1, 2 and 3, from 4, 5 and 6, and from 7 alone.
 # If 7 has a mean loss of 2, then 2 is what goes through `backward()`, not a third of it.
@@ -188,7 +190,7 @@ def show(*_):
     print([i + 1 for i in range(5) if model.weight.grad[:, i].any()], end=" ")
 
 
-optimizer.register_step_pre_hook(show)
+optimizer.register_step_post_hook(show)
 attempt(train, model, optimizer, micro_batches, 2, 2)
 print("expected: [1, 2] [3, 4] [5] [1, 2] [3, 4] [5]")
 
@@ -221,7 +223,7 @@ check("4.3", train)
 # A loss that is logged wrong hides what the training does, and a wrong training behind it.
 #
 # Repair `logged_losses(model, optimizer, windows)`.
-# It trains for one epoch, and that part is right: leave it as it is.
+# It trains for one epoch, one micro-batch's activations at a time, and that part is right: leave it as it is.
 # It returns a list with one number for each window: the mean loss over the window, as it was when its micro-batches went through the model.
 # What it returns now is something else, and it keeps graphs alive.
 #

@@ -79,6 +79,7 @@ check("5.1", mean_weights)
 # - `model` takes tokens, int64 of shape `(rows, length)`, to logits of shape `(rows, length, vocabulary)`.
 # - `micro_batches` is a list of pairs `(inputs, targets)`, both int64 of shape `(rows, length)`; rows and length differ from one micro-batch to the next.
 # - A target of `data.IGNORED`, which is -100, does not count: padding, or a part of a line that is not to be learned. It may stand at any place of a row. So a micro-batch may have no target that counts; a window has at least one.
+# - `optimizer` is one of `torch.optim`, perhaps with momentum. Leave its settings, and the window's tensors, as they are: both are used again in the next epoch.
 # - Call `optimizer.step()` once. Clear the gradients once per window, first or last: the step is called for one window after another, and the first time the gradients are empty.
 # - Hold one micro-batch's activations at a time.
 #
@@ -154,7 +155,7 @@ check("5.2", weighted_step)
 # Repair `window_gradient(model, micro_batches)` so that it holds one micro-batch's activations at a time.
 # Everything else stays as it is: `.grad` ends as the gradient of the mean loss over all targets of the window, and that mean loss is returned.
 #
-# - `model` and `micro_batches` are as in exercise 5.2, and the gradients are empty. Do not change the weights.
+# - `model` and `micro_batches` are as in exercise 5.2, and the gradients are empty. Do not change the weights or the window.
 #
 # **Example.** For 8 micro-batches of 8 names each, the cell below measures 0.79 MB with the code as given.
 # Repaired, it takes 0.33 MB.
@@ -222,7 +223,7 @@ check("5.3", window_gradient)
 # - The update alone decides, not the memory. A right step may add in another order or weight in float32, so allow a relative error of 1e-5.
 #
 # The check hands your test right steps and wrong ones.
-# One of the wrong ones takes the mean of means, one counts the ignored targets too, and others make the mistakes of earlier lessons.
+# One of the wrong ones takes the mean of means, one counts the ignored targets too, one moves only some of the weights, and others make the mistakes of earlier lessons.
 #
 # **Example.** If `step` leaves the weights as they were, `is_right(step)` is `False`.
 
