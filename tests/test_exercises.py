@@ -187,6 +187,42 @@ def test_all_lessons_have_questions_and_answers():
     assert sum(len(answers) for n in PRESENT for answers in corpus(n).RIGHT.values()) >= 40
 
 
+# What goes wrong with accumulation, as the lessons teach it, and the mistake that stands for it.
+PITFALLS = {
+    "no normalization": "3.1 not_divided",
+    "Adam hides a missing normalization": "3.3 with_adam",
+    "sum and mean the wrong way round": "3.2 swapped",
+    "the last window is divided by k": "4.2 divided_by_k",
+    "the last window is dropped": "4.2 leftover_dropped",
+    "the last window leaks into the next epoch": "4.2 leftover_leaks",
+    "wrong parity": "4.3 given",
+    "the mean of means": "5.2 mean_of_means",
+    "equal counts hide the mean of means": "5.4 with_equal_counts",
+    "padding is counted": "5.2 padding_counted",
+    "one backward at the end": "5.3 given",
+    "cleared inside the window": "2.2 given",
+    "gradients left from before": "1.1 not_cleared",
+    "k small steps instead of one": "2.3 stepped_each_time",
+    "the logged loss is the last share": "4.4 last_share",
+    "the schedule moves with each micro-batch": "4.4 schedule_inside",
+    "clipping inside the window": "4.4 clipped_inside",
+    "counted in micro-batches": "4.5 in_micro_batches",
+    "the copy of the gradients is forgotten": "6.1 no_copy",
+    "activations of the large batch": "6.1 large_batch",
+    "the effective batch shrinks": "6.2 rounded_down",
+    "accumulation always costs a copy": "6.3 always_a_copy",
+    "graphs and logits are kept": "6.4 given",
+    "losses that hold their graphs": "1.2 given",
+}
+
+
+@pytest.mark.parametrize("pitfall", PITFALLS)
+def test_every_pitfall_that_the_lessons_teach_has_its_mistake(pitfall):
+    identifier, name = PITFALLS[pitfall].split()
+    question = exercises.find(identifier)
+    assert question.given if name == "given" else name in named(question.mistakes)
+
+
 def signature(question, mistake):
     """What a mistake fails and what comes out there: two mistakes with the same cannot be told apart."""
     observed = observe(question, mistake)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from gradaccum.accumulation import windows as finished_windows
-from gradaccum.exercises.material import classifier, joined, measure_memory, samples, weights
+from gradaccum.exercises.material import classifier, gradient, joined, measure_memory, plain_number, samples, weights
 from gradaccum.exercises.question import FINISHED, Difference, Property, Question, agree
 
 
@@ -27,11 +27,6 @@ def table(fields, *rows):
         return [each | dict(zip(fields.split(), row, strict=True)) for each, row in zip(drawn, rows, strict=True)]
 
     return cases
-
-
-def plain_number(value):
-    """Make a number of any kind plain; leave what is none, such as a text, for the card to show."""
-    return float(value) if hasattr(value, "__float__") else value
 
 
 # --------------------------------------------------------------------- 4.1: a stream in windows
@@ -378,100 +373,167 @@ REPAIR = Question(
     forbidden=BUT_WINDOWS,
 )
 
-# --------------------------------------------------------------------- 4.4: the logged loss
+# --------------------------------------------------------------------- 4.4: once per update
 
 
-def logged(answer, case):
-    model = classifier(case["seed"])
-    cut = [samples([case["size"]] * length, case["seed"] + i) for i, length in enumerate(case["windows"])]
-    found = answer(model, torch.optim.SGD(model.parameters(), lr=0.5), cut)
+def epoch_seen(answer, case):
+    """An epoch, as the optimizer and the caller see it: what each step gets, and what comes back."""
+    model, cut = classifier(case["seed"]), windows_of(case)
+    optimizer = torch.optim.SGD(model.parameters(), lr=case["lr"])
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
+    gradients, rates = {}, []
+
+    def note(*_):  # after the step and not before it: a closure makes the gradients in the step
+        gradients[f"at update {len(rates) + 1} the gradient"] = gradient(model)
+        rates.append(optimizer.param_groups[0]["lr"])
+
+    optimizer.register_step_post_hook(note)
+    found = answer(model, optimizer, schedule, cut, case["max_norm"])
     found = list(found) if hasattr(found, "__iter__") else found
     one_by_one = found if isinstance(found, list) else []
-    graphs = ["a graph" if isinstance(each, torch.Tensor) and each.requires_grad else "no graph" for each in one_by_one]
-    losses = list(map(plain_number, found)) if isinstance(found, list) else plain_number(found)
-    return {"losses": losses, "graphs": graphs, "weights": weights(model)}
+    return {
+        "gradients": gradients,
+        # The next rate too: it shows whether the schedule went on after the last update.
+        "rates": {"learning rates": [*rates, optimizer.param_groups[0]["lr"]]},
+        "losses": {
+            "logged": [plain_number(each) for each in found] if isinstance(found, list) else plain_number(found)
+        },
+        "graphs": ["graph" if getattr(each, "requires_grad", False) else "no graph" for each in one_by_one],
+        "updates": {"updates": len(rates), "gradients left": any(gradient(model))},
+    }
 
 
-def logged_peak(answer, case):
-    def train_epoch(model, optimizer, *stream):
-        found = answer(model, optimizer, slices(*stream))
+def windows_of(case):
+    return [samples([case["size"]] * length, case["seed"] + i) for i, length in enumerate(case["windows"])]
+
+
+def on_large_batches_once(model, optimizer, schedule, windows, max_norm):
+    """Train on the one large batch of each window, and return their losses."""
+    for inputs, targets in map(joined, windows):
+        loss = cross_entropy(model(inputs), targets)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        yield loss.item()
+
+
+# Where the rate is 0, and in a single window, no fault of one window reaches the next.
+STILL = ([3, 3], 4, 0.05, 0.0), ([4, 4, 1], 2, 100.0, 0.0), ([2, 2, 2, 1], 1, 0.1, 0.0), ([1, 1], 3, 0.2, 0.0)
+ALONE = ([3], 4, 0.2, 0.5), ([1], 3, 0.1, 0.5)
+MOVING = ([3, 3], 4, 0.05, 0.5), ([4, 4, 1], 2, 100.0, 0.5), ([1, 1], 3, 0.2, 0.5)
+
+
+def about(what, points, name, *rows):
+    """Make a property of one of the things that are seen."""
+
+    def probe(answer, case):
+        return epoch_seen(answer, case)[what]
+
+    def expected(case):
+        return epoch_seen(on_large_batches_once, case)[what]
+
+    cases = table("windows size max_norm lr", *rows)
+    tried = "windows of {windows} micro-batches, each of size {size}, max_norm {max_norm}"
+    return Property(name, points, cases, probe, expected, tried)
+
+
+def epoch_of_one(answer, case):
+    def train(model, optimizer, micro_batches, k):
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
+        found = answer(model, optimizer, schedule, slices(micro_batches, k), 1.0)
         if hasattr(found, "__iter__"):
             list(found)  # it may be a generator
 
-    return epoch_peak(train_epoch, case)
+    return epoch_peak(train, case)
 
 
-def about(what, points, name):
-    """Make a property of one of the three things that are seen."""
-
-    def probe(answer, case):
-        return logged(answer, case)[what]
-
-    def expected(case):
-        return logged(on_large_batches, case)[what]
-
-    cases = table("windows size", ([3, 3], 4), ([4, 4, 1], 2), ([2, 2, 2, 1], 1), ([1, 1], 3))
-    return Property(name, points, cases, probe, expected, "windows of {windows} micro-batches, each of size {size}")
-
-
-def logged_losses(model, optimizer, windows):
+def train_windows(model, optimizer, schedule, windows, max_norm):
     """Train for one epoch, and return the mean loss of each window."""
     losses = []
     for window in windows:
         for inputs, targets in window:
             loss = cross_entropy(model(inputs), targets) / len(window)
             loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+            schedule.step()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss)
     return losses
 
 
-def logs(write, divisor=len):
-    """Make the loop that logs what `write` makes of a window's divided losses and of what was logged before."""
+def trains(write=lambda shares, _: sum(shares).item(), divisor=len, clips="window", moves="window"):
+    """Make the loop with one thing changed; `write` makes of a window's divided losses what is logged."""
 
-    def train_epoch(model, optimizer, windows):
+    def train(model, optimizer, schedule, windows, max_norm):
         losses = []
         for window in windows:
             shares = []
             for inputs, targets in window:
                 shares.append(cross_entropy(model(inputs), targets) / divisor(window))
                 shares[-1].backward()
+                if clips == "micro-batch":
+                    nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+                if moves == "micro-batch":
+                    schedule.step()
+            if clips == "window":
+                nn.utils.clip_grad_norm_(model.parameters(), max_norm)
             optimizer.step()
             optimizer.zero_grad()
+            if moves == "window":
+                schedule.step()
             losses.append(write(shares, losses))
+        if moves == "epoch":
+            schedule.step()
         return losses
 
-    return train_epoch
+    return train
 
 
-LOSSES = Question(
+UPDATE = Question(
     "4.4",
-    "Repair: the logged loss",
+    "Repair: once per update",
     (
-        about("losses", 2, "what is logged is the mean loss over each window"),
-        about("graphs", 1, "nothing that is logged holds a graph"),
-        about("weights", 0, "the weights are trained as before"),
-        Property(PEAK, 0, LARGE, logged_peak, one_at_a_time, TRAIN, at_most, by_value=False),
+        about("gradients", 1, "each step gets the window's whole gradient, clipped once", *STILL),
+        about("rates", 1, "the schedule moves on once for each update", *MOVING),
+        about("losses", 1, "what is logged is the mean loss over each window", *STILL, *ALONE),
+        about("graphs", 1, "nothing that is logged holds a graph", *STILL),
+        about("updates", 0, "there is one step for each window, and the gradients are cleared", *MOVING),
+        Property(PEAK, 0, LARGE, epoch_of_one, one_at_a_time, TRAIN, at_most, by_value=False),
     ),
     known(
+        "clipped_inside: Clipping after each micro-batch cuts the sum again and again, so its direction is wrong even "
+        "where its norm is right; clip once, when the window's gradient is complete.",
+        trains(clips="micro-batch"),
+        "not_clipped: The step gets a gradient that was not clipped; clip after the last backward() of the window, and "
+        "before the step.",
+        trains(clips="never"),
+        "schedule_inside: The schedule moves on with each micro-batch, so it runs too fast; step it once per update.",
+        trains(moves="micro-batch"),
+        "schedule_at_the_end: The schedule moves on once for the whole epoch; step it once for each update.",
+        trains(moves="epoch"),
+        "schedule_stands: The schedule never moves on; step it once for each update.",
+        trains(moves="never"),
         "last_share: This is only the last micro-batch's loss, divided by the window's length; add up those of all.",
-        logs(lambda shares, _: shares[-1].item()),
+        trains(lambda shares, _: shares[-1].item()),
         "last_loss: This is the loss of the last micro-batch alone; the window's is the mean over all of them.",
-        logs(lambda shares, _: shares[-1].item() * len(shares)),
+        trains(lambda shares, _: shares[-1].item() * len(shares)),
         "divided_again: The losses are divided by the window's length twice; they have been divided, so add them up.",
-        logs(lambda shares, _: sum(shares).item() / len(shares)),
+        trains(lambda shares, _: sum(shares).item() / len(shares)),
         "never_divided: This is the sum of the micro-batches' mean losses instead of their mean; divide once.",
-        logs(lambda shares, _: sum(shares).item() * len(shares)),
+        trains(lambda shares, _: sum(shares).item() * len(shares)),
         "keeps_the_graph: The loss is right, but holds its graph as long as it is kept; log `.item()` or `.detach()`.",
-        logs(lambda shares, _: sum(shares)),
+        trains(lambda shares, _: sum(shares)),
         "added_on: The sum is never set back, so each window's loss contains those before; start each window at 0.",
-        logs(lambda shares, losses: sum(shares).item() + sum(losses[-1:])),
-        "division_removed: The gradients are not divided any more, so they are too large; change only what is logged.",
-        logs(lambda shares, _: sum(shares).item() / len(shares), divisor=lambda window: 1),
+        trains(lambda shares, losses: sum(shares).item() + sum(losses[-1:])),
+        "division_removed: The gradients are not divided any more, so they are too large; that part was right.",
+        trains(lambda shares, _: sum(shares).item() / len(shares), divisor=lambda window: 1),
     ),
-    given=logged_losses,
+    given=train_windows,
 )
+
 
 # --------------------------------------------------------------------- 4.5: the schedule's number of updates
 
@@ -525,4 +587,4 @@ SCHEDULE = Question(
     forbidden=BUT_WINDOWS,
 )
 
-QUESTIONS = (GROUP, EPOCH, REPAIR, LOSSES, SCHEDULE)
+QUESTIONS = (GROUP, EPOCH, REPAIR, UPDATE, SCHEDULE)

@@ -7,14 +7,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from gradaccum import data
-from gradaccum.exercises.material import measure_memory, token_model, weights
+from gradaccum.exercises.material import measure_memory, plain_number, token_model, weights
 from gradaccum.exercises.question import Difference, Property, Question
-
-
-def plain_number(value):
-    """Make a number of any kind plain; leave what is none, such as a text, for the card to show."""
-    return float(value) if hasattr(value, "__float__") else value
-
 
 # --------------------------------------------------------------------- 5.1: weights for means
 

@@ -53,9 +53,24 @@ def weights(model: nn.Module) -> list[float]:
     return _numbers(list(model.parameters()))
 
 
+def plain_number(value: object) -> object:
+    """Make a number of any kind a float; leave what is none, such as a text, for the card to show."""
+    return float(value) if hasattr(value, "__float__") else value
+
+
 def _numbers(tensors: Sequence[Tensor]) -> list[float]:
     found: list[float] = torch.cat([tensor.detach().double().flatten() for tensor in tensors]).tolist()
     return found
 
 
-__all__ = ["Batch", "classifier", "gradient", "joined", "measure_memory", "samples", "token_model", "weights"]
+__all__ = [
+    "Batch",
+    "classifier",
+    "gradient",
+    "joined",
+    "measure_memory",
+    "plain_number",
+    "samples",
+    "token_model",
+    "weights",
+]

@@ -6,6 +6,7 @@ from itertools import chain, islice, zip_longest
 
 import numpy
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 import gradaccum
@@ -162,10 +163,10 @@ def cleared_at_the_start(model, optimizer, micro_batches, k, epochs):
                 optimizer.zero_grad()
 
 
-def logging(log):
-    """Train as the given code does; `log` is told the undivided losses of a window."""
+def once(log, clip=nn.utils.clip_grad_norm_):
+    """Train as the worked answer does; `log` is told the undivided losses of a window."""
 
-    def logged(model, optimizer, windows):
+    def train(model, optimizer, schedule, windows, max_norm):
         logs = []
         for window in windows:
             losses = []
@@ -173,41 +174,65 @@ def logging(log):
                 losses.append(cross_entropy(model(inputs), targets))
                 (losses[-1] / len(window)).backward()
             logs.append(log(losses))
+            clip(model.parameters(), max_norm)
             optimizer.step()
             optimizer.zero_grad()
+            schedule.step()
         return logs
 
-    return logged
+    return train
 
 
-def one_tensor(model, optimizer, windows):
-    return torch.stack(logging(lambda losses: torch.stack(losses).detach().mean())(model, optimizer, windows))
+def one_tensor(*arguments):
+    return torch.stack(once(lambda losses: torch.stack(losses).detach().mean())(*arguments))
 
 
-def before_the_update(model, optimizer, windows):
+def clips_by_hand(parameters, max_norm):
+    gradients = [parameter.grad for parameter in parameters]
+    norm = torch.sqrt(sum((each**2).sum() for each in gradients))
+    for each in gradients:
+        each *= min(1.0, float(max_norm / (norm + 1e-6)))
+
+
+def clips_each(parameters, max_norm):
+    for parameter in parameters:
+        nn.utils.clip_grad_norm_(parameter, max_norm)
+
+
+def before_the_update(model, optimizer, schedule, windows, max_norm):
     for window in windows:
         with torch.no_grad():
             losses = [cross_entropy(model(inputs), targets) for inputs, targets in window]
-        logging(lambda losses: 0)(model, optimizer, [window])
+        once(lambda losses: 0)(model, optimizer, schedule, [window], max_norm)
         yield sum(losses) / len(losses)
 
 
-def after_the_update(model, optimizer, windows):
+def after_the_update(model, optimizer, schedule, windows, max_norm):
     for window in windows:
-        logging(lambda losses: 0)(model, optimizer, [window])
+        once(lambda losses: 0)(model, optimizer, schedule, [window], max_norm)
         yield sum(cross_entropy(model(inputs), targets).item() for inputs, targets in window) / len(window)
 
 
-def backward_at_the_end(model, optimizer, windows):
+def backward_at_the_end(model, optimizer, schedule, windows, max_norm):
     for window in windows:
         loss = sum(cross_entropy(model(inputs), targets) for inputs, targets in window) / len(window)
         loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
         yield loss.item()
 
 
-def trains_no_more(model, optimizer, windows):
+def schedule_first(model, optimizer, schedule, windows, max_norm):
+    for window in windows:
+        schedule.step()
+        loss = sum(cross_entropy(model(x), y).item() for x, y in window) / len(window)
+        once(lambda losses: 0)(model, optimizer, type("", (), {"step": lambda self: None})(), [window], max_norm)
+        yield loss
+
+
+def trains_no_more(model, optimizer, schedule, windows, max_norm):
     return [sum(cross_entropy(model(x), y).item() for x, y in window) / len(window) for window in windows]
 
 
@@ -216,8 +241,8 @@ RIGHT = {
     "4.2": [with_parity, summed_and_cleared_first, by_hand, by_closure],
     "4.3": [*map(each_epoch, (with_parity, summed_and_cleared_first, by_hand, by_closure)), module_windows],
     "4.4": [
-        logging(lambda losses: sum(loss.item() for loss in losses) / len(losses)),
-        logging(lambda losses: sum(loss.detach() for loss in losses) / len(losses)),
+        once(lambda losses: sum(loss.item() for loss in losses) / len(losses)),
+        once(lambda losses: sum(loss.detach() for loss in losses) / len(losses), clip=clips_by_hand),
         one_tensor,
         before_the_update,
     ],
@@ -246,10 +271,12 @@ WRONG = {
         does_nothing,
     ],
     "4.4": [
-        logging(lambda losses: losses[0].item()),
-        logging(lambda losses: max(losses).item()),
+        once(lambda losses: losses[0].item()),
+        once(lambda losses: sum(loss.item() for loss in losses) / len(losses), clip=clips_each),
+        once(lambda losses: sum(loss.item() for loss in losses) / len(losses), clip=nn.utils.clip_grad_value_),
         after_the_update,
         backward_at_the_end,
+        schedule_first,
         lambda *arguments: list(map(str, before_the_update(*arguments))),
         trains_no_more,
         does_nothing,

@@ -3,7 +3,7 @@
 #
 # You cut a stream into windows, write an epoch that has no bad edges, repair two loops, and count updates.
 #
-# Five exercises, 16 points, about 55 minutes; [lesson 4](../04_windows.ipynb) has all that they need.
+# Five exercises, 17 points, about 60 minutes; [lesson 4](../04_windows.ipynb) has all that they need.
 # Fill in a cell that ends in `raise NotImplementedError`, or repair the code that you find, run it, and run its check.
 # A check tells you what it tried, and what went wrong; run it as often as you like.
 
@@ -216,25 +216,28 @@ check("4.3", train)
 # </details>
 
 # %% exercise-4-4 [markdown]
-# ## Exercise 4.4 Repair: the logged loss
+# ## Exercise 4.4 Repair: once per update
 #
-# difficulty 2/5 | 10 minutes | 3 points
+# difficulty 3/5 | 15 minutes | 4 points
 #
-# A loss that is logged wrong hides what the training does, and a wrong training behind it.
+# What belongs to the update and stands in the inner loop does damage that no error shows.
 #
-# Repair `logged_losses(model, optimizer, windows)`.
-# It trains for one epoch, one micro-batch's activations at a time, and that part is right: leave it as it is.
+# Repair `train_windows(model, optimizer, schedule, windows, max_norm)`.
+# It trains for one epoch, with one update for each window.
+# Before each update the window's gradient is clipped to `max_norm`, and after each update the schedule moves on by one step.
 # It returns a list with one number for each window: the mean loss over the window, as it was when its micro-batches went through the model.
-# What it returns now is something else, and it keeps graphs alive.
+# The code below clips at the wrong place, moves the schedule at the wrong place, and logs something else, which keeps graphs alive.
 #
 # - `windows` is a list of windows; a window is a list of pairs as before, all of the same size. The last window may be shorter.
-# - Return floats, or tensors of shape `()` that hold no graph.
+# - The gradients are divided and cleared as they should be, and one micro-batch's activations are held at a time: keep that.
+# - Clip with `nn.utils.clip_grad_norm_`. Return floats, or tensors of shape `()` that hold no graph.
 #
 # **Example.** A window of two micro-batches whose mean losses are 2 and 4 is logged as 3.0.
+# Three windows of two micro-batches move the schedule on by 3, where the code as it is moves it on by 6.
 
 
 # %% answer-4-4
-def logged_losses(model, optimizer, windows):
+def train_windows(model, optimizer, schedule, windows, max_norm):
     """Train for one epoch, and return the mean loss of each window."""
     ### BEGIN SOLUTION
     losses = []
@@ -244,7 +247,9 @@ def logged_losses(model, optimizer, windows):
             loss = cross_entropy(model(inputs), targets) / len(window)
             loss.backward()
             window_loss += loss.item()
+        nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
         losses.append(window_loss)
     return losses
@@ -255,29 +260,38 @@ def logged_losses(model, optimizer, windows):
 torch.manual_seed(0)
 model = nn.Linear(3, 3)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
 micro_batches = [(torch.randn(2, 3), torch.randint(3, (2,))) for _ in range(3)]
-attempt(logged_losses, model, optimizer, [micro_batches[:2], micro_batches[2:]])
-print("expected: 1.3039 and 0.8683")
+windows = [micro_batches[:2], micro_batches[2:]]
+attempt(train_windows, model, optimizer, schedule, windows, 0.1)
+print("expected: 1.3039 and 0.9418")
+print(optimizer.param_groups[0]["lr"], "expected: 0.125")
 
 # %% check-4-4
-check("4.4", logged_losses)
+check("4.4", train_windows)
 
 # %% hints-4-4 [markdown]
 # <details><summary>Where to look</summary>
 #
-# "Once per update" in lesson 4 says what the logged loss is wrong by.
+# "Once per update" in lesson 4 shows what each of the three does where it does not belong; "Turn it inside out" gives each its place.
 #
 # </details>
 # <details><summary>The relation in words</summary>
 #
-# Each micro-batch's loss, once divided, is its share of the window's mean.
-# The window's loss is the sum of the shares.
+# For each window: backward through its micro-batches, clip, step, schedule, clear.
+# Each micro-batch's loss, once divided, is its share of the window's mean, and the window's loss is the sum of the shares.
 #
 # </details>
 # <details><summary>Help: the loss is right, but it holds a graph</summary>
 #
 # A tensor that was computed from the model's output remembers how.
 # `.item()` gives the number without the memory.
+#
+# </details>
+# <details><summary>Help: PyTorch warns about lr_scheduler.step()</summary>
+#
+# It says that the schedule moved before the first update.
+# Where does the first update come, and where the schedule?
 #
 # </details>
 
