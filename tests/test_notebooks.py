@@ -87,7 +87,9 @@ def compared(outputs):
 def test_these_are_all_lessons():
     made = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
     assert made == LESSONS
-    assert sorted(build.sources()) == LESSONS
+    exercises = [f"exercises/{stem}" for stem in LESSONS[1:]]
+    assert sorted(build.sources()) == [*LESSONS, *exercises]
+    assert sorted(build.name_of(path) for path in NOTEBOOKS.glob("exercises/*.ipynb")) == exercises
 
 
 def test_a_lesson_is_what_its_source_says(lesson):
