@@ -103,9 +103,9 @@ def short(value: Plain) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {short(item)}" for key, item in value.items())
     if isinstance(value, list):
-        shown = [short(item) for item in value[:6]]
+        shown = [repr(item) if isinstance(item, str) else short(item) for item in value[:6]]
         return f"[{', '.join(shown)}{', ...' if len(value) > 6 else ''}]"
-    return f"{value!r:.100}"
+    return f"{value:.100}" if isinstance(value, str) else f"{value!r:.100}"
 
 
 @dataclass(frozen=True)
