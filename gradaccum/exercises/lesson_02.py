@@ -5,8 +5,8 @@ from functools import wraps
 import torch
 from torch.nn.functional import cross_entropy
 
-from gradaccum.exercises.material import classifier, joined, measure_memory, samples, weights
-from gradaccum.exercises.question import Difference, Property, Question
+from gradaccum.exercises.material import at_most_bytes, classifier, joined, measure_memory, samples, weights
+from gradaccum.exercises.question import Property, Question
 
 # --------------------------------------------------------------------- 2.1: what .grad holds
 
@@ -309,10 +309,6 @@ def one_at_a_time(case):
     return 2 * step_peak(divided, case)
 
 
-def at_most(got, limit):
-    return None if got <= limit else Difference(f"at most {limit:,} bytes beyond the start", f"{got:,} bytes")
-
-
 def not_stepped(model, optimizer, micro_batches):
     collect(model, micro_batches)
 
@@ -374,7 +370,7 @@ STEP = Question(
             step_peak,
             one_at_a_time,
             tried=f"{ONE_TRIED} of size {{size}}",
-            judge=at_most,
+            judge=at_most_bytes,
             after=ONE_WINDOW,
             by_value=False,
         ),

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from gradaccum.exercises.material import classifier, gradient, joined, measure_memory, samples, weights
+from gradaccum.exercises.material import at_most_bytes, classifier, gradient, joined, measure_memory, samples, weights
 from gradaccum.exercises.question import Difference, Property, Question
 
 # --------------------------------------------------------------------- 3.1: one window, normalized
@@ -45,10 +45,6 @@ def window_peak(answer, case):
 def one_at_a_time(case):
     """Twice what the plain loop holds beyond its start: the full batch's graph holds many times as much."""
     return 2 * window_peak(divided, case)
-
-
-def at_most(got, limit):
-    return None if got <= limit else Difference(f"at most {limit:,} bytes beyond the start", f"{got:,} bytes")
 
 
 def divided(model, micro_batches):
@@ -162,7 +158,7 @@ WINDOW = Question(
             window_peak,
             one_at_a_time,
             tried="micro-batches of {sizes} samples",
-            judge=at_most,
+            judge=at_most_bytes,
             after="equal micro-batches give the gradient of the one large batch",
             by_value=False,
         ),

@@ -8,8 +8,17 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from gradaccum.accumulation import windows as finished_windows
-from gradaccum.exercises.material import classifier, gradient, joined, measure_memory, plain_number, samples, weights
-from gradaccum.exercises.question import FINISHED, Difference, Property, Question, agree
+from gradaccum.exercises.material import (
+    at_most_bytes,
+    classifier,
+    gradient,
+    joined,
+    measure_memory,
+    plain_number,
+    samples,
+    weights,
+)
+from gradaccum.exercises.question import FINISHED, Property, Question, agree
 
 
 def known(*pairs):
@@ -203,10 +212,6 @@ def one_at_a_time(case):
     return 2 * epoch_peak(by_number(ends), case)
 
 
-def at_most(got, limit):
-    return None if got <= limit else Difference(f"at most {limit:,} bytes beyond the start", f"{got:,} bytes")
-
-
 def by_number(is_update, divisor=lambda k, length: length, clears=None):
     """Make the loop of lesson 3: after each micro-batch, numbered from 1, it asks whether to step and to clear."""
 
@@ -289,7 +294,7 @@ EPOCH = Question(
         Property(FULL, 1, ONE, epochs_trained, large_batches, TRAIN),
         Property(SHORTER, 1, PARTIAL, epochs_trained, large_batches, TRAIN),
         Property(AFRESH, 1, TWO, epochs_trained, large_batches, TRAIN),
-        Property(PEAK, 1, LARGE, epoch_peak, one_at_a_time, TRAIN, at_most, after=FULL, by_value=False),
+        Property(PEAK, 1, LARGE, epoch_peak, one_at_a_time, TRAIN, at_most_bytes, after=FULL, by_value=False),
     ),
     (*EPOCH_MISTAKES, joined_windows),
 )
@@ -501,7 +506,7 @@ UPDATE = Question(
         about("losses", 1, "what is logged is the mean loss over each window", *STILL, *ALONE),
         about("graphs", 1, "nothing that is logged holds a graph", *STILL),
         about("updates", 0, "there is one step for each window, and the gradients are cleared", *MOVING),
-        Property(PEAK, 0, LARGE, epoch_of_one, one_at_a_time, TRAIN, at_most, by_value=False),
+        Property(PEAK, 0, LARGE, epoch_of_one, one_at_a_time, TRAIN, at_most_bytes, by_value=False),
     ),
     known(
         "clipped_inside: Clipping after each micro-batch cuts the sum again and again, so its direction is wrong even "

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from gradaccum import data
-from gradaccum.exercises.material import measure_memory, plain_number, token_model, weights
+from gradaccum.exercises.material import at_most_bytes, measure_memory, plain_number, token_model, weights
 from gradaccum.exercises.question import Difference, Property, Question
 
 # --------------------------------------------------------------------- 5.1: weights for means
@@ -153,10 +153,6 @@ def peak(answer, case):
     with measure_memory(model, window) as memory:
         answer(model, optimizer, window)
     return memory.peak_bytes - memory.start_bytes
-
-
-def at_most(got, limit):
-    return None if got <= limit else Difference(f"at most {limit:,} bytes beyond the start", f"{got:,} bytes")
 
 
 def plain_peak(case):
@@ -346,7 +342,7 @@ STEP = Question(
         Property(EMPTY, 1, empty_ones, last_step, full_batch_step, TOKENS),
         Property(LOSS, 1, losses, last_step, full_batch_step, TOKENS),
         Property(AGAIN, 1, seconds, last_step, full_batch_step, TWICE),
-        Property(HELD, 1, ALIKE, peak, plain_peak, MANY, judge=at_most, after=FULL, by_value=False),
+        Property(HELD, 1, ALIKE, peak, plain_peak, MANY, judge=at_most_bytes, after=FULL, by_value=False),
     ),
     (
         *(update_with(filled_with(each)) for each in WRONG_MEANS + WRONG_REST),
@@ -398,7 +394,7 @@ REPAIR = Question(
         Property(KEPT, 0, unequal, as_step(last_step), full_batch_step, TOKENS),
         Property(LOSS, 0, losses, as_step(last_step), full_batch_step, TOKENS),
         Property(AGAIN, 0, seconds, as_step(last_step), full_batch_step, TWICE),
-        Property(HELD, 3, ALIKE, as_step(peak), plain_peak, MANY, judge=at_most, after=KEPT, by_value=False),
+        Property(HELD, 3, ALIKE, as_step(peak), plain_peak, MANY, judge=at_most_bytes, after=KEPT, by_value=False),
     ),
     (
         *map(filled_with, (one_backward, made_one, mean_of_means, not_divided, count_so_far, ignored_overwritten)),

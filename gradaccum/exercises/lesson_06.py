@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from gradaccum.data import random_tokens
-from gradaccum.exercises.material import joined, measure_memory, token_model, weights
-from gradaccum.exercises.question import Difference, Property, Question
+from gradaccum.exercises.material import at_most, at_most_bytes, joined, measure_memory, token_model, weights
+from gradaccum.exercises.question import Property, Question
 
 
 def plain_number(value):
@@ -18,10 +18,6 @@ def plain_number(value):
         return value
     number = float(value)
     return int(number) if number.is_integer() else number
-
-
-def at_most(unit):
-    return lambda got, limit: None if got <= limit else Difference(f"at most {limit:,} {unit}", f"{got:,} {unit}")
 
 
 def backward_of(model, window):
@@ -663,7 +659,7 @@ def small(name, vocabulary, layers):
     def oracle(case):
         return twice_the_plain_loop(*case.items())
 
-    cases, judge = windows_for(vocabulary, layers, (12, 5)), at_most("bytes beyond the start")
+    cases, judge = windows_for(vocabulary, layers, (12, 5)), at_most_bytes
     return Property(name, 2, cases, peak_beyond_start, oracle, TRIED, judge, by_value=False)
 
 

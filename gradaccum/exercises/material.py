@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from gradaccum.exercises.question import Difference
 from gradaccum.memory import measure_memory
 from gradaccum.models import embedding_linear
 
@@ -58,6 +59,14 @@ def plain_number(value: object) -> object:
     return float(value) if hasattr(value, "__float__") else value
 
 
+def at_most(unit: str) -> Callable[[int, int], Difference | None]:
+    """Make the judge of an amount that must not be larger than expected."""
+    return lambda got, limit: None if got <= limit else Difference(f"at most {limit:,} {unit}", f"{got:,} {unit}")
+
+
+at_most_bytes = at_most("bytes beyond the start")
+
+
 def _numbers(tensors: Sequence[Tensor]) -> list[float]:
     found: list[float] = torch.cat([tensor.detach().double().flatten() for tensor in tensors]).tolist()
     return found
@@ -65,6 +74,8 @@ def _numbers(tensors: Sequence[Tensor]) -> list[float]:
 
 __all__ = [
     "Batch",
+    "at_most",
+    "at_most_bytes",
     "classifier",
     "gradient",
     "joined",

@@ -76,7 +76,6 @@ def released(notebook: NotebookNode) -> NotebookNode:
     notebook = as_given(notebook)
     for step in after:
         notebook, resources = step.preprocess(notebook, resources)
-    notebook.metadata.pop("celltoolbar", None)
     return notebook
 
 
