@@ -35,7 +35,8 @@ EXTRAS = ["lessons", "dev", "dev,peers"]  # what pyproject.toml calls them; each
 COMMANDS = {
     "lab": "open the lessons in JupyterLab",
     "test": "run the tests, in minutes (what follows goes to pytest: test -k windows)",
-    "test-all": "run every test, the slow ones too",
+    "test-all": "run every test but the browser's, the slow ones too",
+    "test-browser": "open every notebook in JupyterLab in Chromium, run it, move its widgets",
     "notebooks": "make the notebooks from notebooks/source, all or the ones named",
     "lint": "check style, types and spelling",
     "benchmarks": "measure gradaccum beside other libraries (installs those)",
@@ -191,10 +192,15 @@ def become(arguments: list[str], **variables: str) -> int:
             pass  # The console has sent it to the child too, which stops in its own way.
 
 
+def lab_options(root: Path) -> list[str]:
+    """Return how JupyterLab is started: on the first lesson under `root`, reachable from this machine alone."""
+    options = ["--ServerApp.ip=127.0.0.1", f"--ServerApp.root_dir={root}", "--ServerApp.answer_yes=True"]
+    return [*options, "--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb", "--allow-root"]  # in a container
+
+
 def lab(port: int | None, browser: bool, cuda: bool) -> int:
-    """Open JupyterLab on the first lesson, reachable from this machine alone; Ctrl-C stops it at once."""
-    options = ["--ServerApp.ip=127.0.0.1", f"--ServerApp.root_dir={ROOT}", "--ServerApp.answer_yes=True"]
-    options += ["--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb", "--allow-root"]  # root: in a container
+    """Open JupyterLab on the first lesson; Ctrl-C stops it at once."""
+    options = lab_options(ROOT)
     if port is not None:  # who names a port means that one; else JupyterLab takes the next free one from 8888 on
         if not 1 <= port <= 65535:
             sys.exit(f"Port {port} does not exist: choose one from 1024 to 65535.")
@@ -256,17 +262,18 @@ def main(arguments: list[str]) -> int:
     if command is None:
         parser.print_help()
         return 0
-    if rest and command not in ("test", "test-all", "notebooks", "benchmarks", "constraints"):
+    if rest and command not in ("test", "test-all", "test-browser", "notebooks", "benchmarks", "constraints"):
         parser.error(f"`{command}` does not know {' '.join(rest)}")
     os.chdir(ROOT)
     if command == "lab":
         return lab(options.port, not options.no_browser, options.cuda)
-    if command in ("test", "test-all", "notebooks", "lint", "benchmarks"):
+    if command in ("test", "test-all", "test-browser", "notebooks", "lint", "benchmarks"):
         set_up("dev,peers" if command == "benchmarks" else "dev", options.cuda)
-    if command in ("test", "test-all"):
+    if command in ("test", "test-all", "test-browser"):
         # The slow tests measure time: alone. The order of the files is conftest's: the longest first.
-        quick = ["-m", "not slow", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
-        pytest = ["-m", "pytest", *(quick if command == "test" else []), "--durations=20", *rest]
+        quick = ["-m", "not slow and not browser", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
+        chosen = {"test": quick, "test-all": ["-m", "not browser"], "test-browser": ["-m", "browser"]}[command]
+        pytest = ["-m", "pytest", *chosen, "--durations=20", *rest]
         return become(pytest, OMP_NUM_THREADS="1")  # two workers share the cores, unless the user says otherwise
     scripts = {"notebooks": "notebooks/source/build.py", "benchmarks": "benchmarks/run.py"}
     if command in scripts:

@@ -192,19 +192,19 @@ def test_each_command_sets_up_what_it_needs_and_hands_over_the_rest(make, monkey
     noted = []
     monkeypatch.setattr(make, "set_up", lambda extra, cuda: noted.append((extra, cuda)))
     monkeypatch.setattr(make, "become", lambda arguments, **variables: noted.append(" ".join(arguments)) or 7)
-    for command in ("test", "test-all", "notebooks", "benchmarks"):
+    for command in ("test", "test-all", "test-browser", "notebooks", "benchmarks"):
         assert make.main([command, "-k", "x", "--cuda"]) == 7
-    assert noted[0::2] == [("dev", True)] * 3 + [("dev,peers", True)]
-    assert noted[1] == "-m pytest -m not slow -n 2 --dist loadfile --no-loadscope-reorder --durations=20 -k x"
-    assert noted[3] == "-m pytest --durations=20 -k x"
-    assert noted[5::2] == ["notebooks/source/build.py -k x", "benchmarks/run.py -k x"]
+    assert noted[0::2] == [("dev", True)] * 4 + [("dev,peers", True)]
+    quick = "not slow and not browser -n 2 --dist loadfile --no-loadscope-reorder"
+    assert noted[1:7:2] == [f"-m pytest -m {which} --durations=20 -k x" for which in (quick, "not browser", "browser")]
+    assert noted[7::2] == ["notebooks/source/build.py -k x", "benchmarks/run.py -k x"]
     monkeypatch.setattr(make.sys, "platform", "linux")
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     for screen, wish in (("", []), (":0", ["--no-browser"]), (":0", [])):
         monkeypatch.setenv("DISPLAY", screen)
         assert make.main(["lab", *wish]) == 7
-    assert noted[8::2] == [("lessons", False)] * 3
-    assert ["--no-browser" in program for program in noted[9::2]] == [True, True, False]
+    assert noted[10::2] == [("lessons", False)] * 3
+    assert ["--no-browser" in program for program in noted[11::2]] == [True, True, False]
     assert make.main([]) == 0
     told = capsys.readouterr().out
     assert all(f"  {name} " in told for name in make.COMMANDS)
