@@ -1,6 +1,7 @@
 """The figures of the lessons: data in, figure out, nothing computed.
 
-The colours are Okabe and Ito's, which hold for colour-blind eyes; each series has a marker or a hatch of its own too.
+The colours hold for colour-blind eyes, and on white: 4.5:1 or more, so that a white number on them can be read, and 3:1
+for the light two. None speaks alone: each series has its own marker and line, hatch, or name beside it.
 """
 
 from __future__ import annotations
@@ -12,16 +13,20 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#2450CC", "#A83204", "#22573F", "#722B66", "#C07F1A", "#4094DE", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINES = ("-", "--", "-.", ":")
 HATCHES = ("", "//", "..", "xx", "--", "\\\\", "oo")
+DARK = COLOURS[:4]  # those that a white number can stand on
 
 
 def panels(titles: Sequence[str], height: float = 3.4) -> tuple[Figure, list[Axes]]:
-    """Make a white figure with one panel for each title, side by side, at most 9 inches wide.
+    """Make a white figure with one panel for each title, side by side, at most 8 inches wide.
 
-    The figure is taken from pyplot's list, so that a notebook shows it once: as the value of its cell.
+    The figure is taken from pyplot's list, so that a notebook shows it once: as the value of its cell. All text has
+    10 points or more: a window of 800 pixels shows a figure of 8 inches at 0.7 of its size, which leaves 8.
 
     Example:
         >>> figure, (left, right) = panels(["noise", "bytes"])
@@ -29,7 +34,7 @@ def panels(titles: Sequence[str], height: float = 3.4) -> tuple[Figure, list[Axe
         ('noise', 'bytes')
     """
     figure, axes = pyplot.subplots(
-        1, len(titles), figsize=(min(9.0, 5.2 * len(titles)), height), dpi=110, squeeze=False, layout="constrained"
+        1, len(titles), figsize=(min(8.0, 5.2 * len(titles)), height), dpi=110, squeeze=False, layout="constrained"
     )
     pyplot.close(figure)
     for axis, title in zip(axes[0], titles, strict=True):
@@ -41,12 +46,12 @@ def panels(titles: Sequence[str], height: float = 3.4) -> tuple[Figure, list[Axe
 def lines(
     axis: Axes, x: Sequence[float], series: Mapping[str, Sequence[float]], *, log: str = "", **labels: str
 ) -> None:
-    """Draw each series over x with its own colour and marker.
+    """Draw each series over x with its own colour, marker and kind of line.
 
     Args:
         axis: where.
         x: the places on the horizontal axis.
-        series: name -> values, as many as x; a name that starts with "expected" is drawn as a thin dashed line.
+        series: name -> values, as many as x; a name that starts with "expected" is drawn as black dots, on top.
         log: "x", "y" or "xy" for logarithmic axes; a logarithmic x shows the values themselves.
         labels: `xlabel` and `ylabel`, with their units.
 
@@ -58,12 +63,15 @@ def lines(
     """
     for index, (name, values) in enumerate(series.items()):
         if name.startswith("expected"):
-            axis.plot(x, values, color="#555555", linestyle="--", linewidth=1, label=name)
+            axis.plot(x, values, color="black", linestyle=":", label=name, zorder=3)
         else:
-            axis.plot(x, values, color=COLOURS[index], marker=MARKERS[index], markersize=5, label=name)
+            style: dict[str, Any] = {"color": COLOURS[index], "marker": MARKERS[index], "linestyle": LINES[index % 4]}
+            axis.plot(x, values, markersize=5, label=name, **style)
     if "x" in log:
         axis.set_xscale("log", base=2)
         axis.set_xticks(x, [f"{value:g}" for value in x])
+    else:
+        axis.locator_params(axis="x", integer=all(float(value).is_integer() for value in x))
     if "y" in log:
         positive = [value for values in series.values() for value in values if value > 0]
         axis.set_yscale("log", base=2 if max(positive) < 100 * min(positive) else 10)
@@ -71,7 +79,7 @@ def lines(
         axis.yaxis.set_minor_formatter("")
     axis.set(**labels)
     if len(series) > 1:
-        axis.legend(frameon=False, fontsize=9)
+        axis.legend(frameon=False, handlelength=3)
 
 
 def bars(axis: Axes, names: Sequence[str], values: Sequence[float], *, text: str = "{:.3g}", **labels: str) -> None:
@@ -83,8 +91,8 @@ def bars(axis: Axes, names: Sequence[str], values: Sequence[float], *, text: str
         >>> [label.get_text() for label in axis.texts]
         ['20 %', '0 %']
     """
-    drawn = axis.barh(names, values, color=[COLOURS[index % len(COLOURS)] for index in range(len(names))])
-    axis.bar_label(drawn, [text.format(value) for value in values], padding=3, fontsize=9)
+    drawn = axis.barh(names, values, color=COLOURS[0])
+    axis.bar_label(drawn, [text.format(value) for value in values], padding=3)
     axis.invert_yaxis()
     axis.margins(x=0.18)
     axis.set(**labels)
@@ -108,21 +116,24 @@ def stacked_roles(
         [' 4.00 MB', ' limit 2 MB']
     """
     names, scale = list(peaks), {"MB": 1e6, "GB": 1e9}[unit]
-    left, behind = [0.0] * len(names), {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+    left = [0.0] * len(names)
     for index, role in enumerate(dict.fromkeys(role for roles in peaks.values() for role in roles)):
         width = [peaks[name].get(role, 0) / scale for name in names]
         if any(width):
             axis.barh(names, width, left=left, label=role, height=0.6, **_role_style(index))
             left = [start + more for start, more in zip(left, width, strict=True)]
+    limit = limit_bytes / scale
     for place, total in enumerate(left):
-        axis.text(total, place, f" {total:.2f} {unit}", va="center", fontsize=9, bbox=behind)
+        at = limit if 0.75 * limit < total < limit else total  # no text on the line
+        axis.text(at, place, f" {total:.2f} {unit}", va="center")
     axis.invert_yaxis()
-    axis.set_xlim(0, 1.2 * max(*left, limit_bytes / scale))
+    axis.set_xlim(0, 1.2 * max(*left, limit))
     axis.set_xlabel(f"bytes held at the peak, {unit}")
     if limit_bytes:
-        axis.axvline(limit_bytes / scale, color="black", linestyle="--", zorder=1.5)
-        axis.text(limit_bytes / scale, 0.5, f" limit {limit_bytes / scale:g} {unit}", va="center", fontsize=9)
-    axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=4)
+        edge = [withStroke(linewidth=4, foreground="white")]  # so that it shows on a dark bar
+        axis.axvline(limit, color="black", linestyle="--", zorder=1.5, path_effects=edge)
+        axis.text(limit, 0.5, f" limit {limit:g} {unit}", va="center")
+    _legend_below(axis.figure)
 
 
 def stacked_timelines(timelines: Mapping[str, Mapping[str, Sequence[int]]]) -> Figure:
@@ -142,7 +153,7 @@ def stacked_timelines(timelines: Mapping[str, Mapping[str, Sequence[int]]]) -> F
         for index, (role, held) in enumerate(timeline.items()):
             if any(held):
                 top = [start + more / 1e6 for start, more in zip(below, held, strict=True)]
-                axis.fill_between(range(len(top)), below, top, step="post", label=role, lw=0, **_role_style(index))
+                axis.fill_between(range(len(top)), below, top, step="post", label=role, lw=0.8, **_role_style(index))
                 below = top
         axis.plot(below, color="black", linewidth=0.8, drawstyle="steps-post")
         axis.set(xlabel="events: a tensor made, or free again", xlim=(0, len(below) - 1))
@@ -150,9 +161,16 @@ def stacked_timelines(timelines: Mapping[str, Mapping[str, Sequence[int]]]) -> F
     highest = max(axis.get_ylim()[1] for axis in axes)
     for axis in axes:
         axis.set_ylim(0, highest)
-    handles = {text: drawn for axis in axes for drawn, text in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles, frameon=False, fontsize=8, loc="outside lower center", ncols=4)
+    _legend_below(figure)
     return figure
+
+
+def _legend_below(figure: Any) -> None:
+    """Name what is drawn, each once, below all panels; with boxes so large that a hatch can be told."""
+    drawn = [axis.get_legend_handles_labels() for axis in figure.axes]
+    handles = {name: patch for found in drawn for patch, name in zip(*found, strict=True)}
+    style = {"loc": "outside lower center", "frameon": False, "handlelength": 3, "handleheight": 1.4}
+    figure.legend(handles.values(), handles, ncols=int(figure.get_figwidth() / 1.9), **style)
 
 
 def _role_style(index: int) -> dict[str, Any]:
@@ -176,7 +194,7 @@ def window_strip(axis: Axes, loops: Mapping[str, Iterable[Sequence[int]]]) -> No
     names = list(loops)
     for row, groups in enumerate(loops.values()):
         for index, group in enumerate(groups):
-            stepped, colour = group[0] >= 0, COLOURS[index % 6]
+            stepped, colour = group[0] >= 0, DARK[index % len(DARK)]
             fill, ink = (colour, "white") if stepped else ("white", "black")
             for place in map(abs, group):
                 axis.add_patch(Rectangle((place - 0.42, row - 0.3), 0.84, 0.6, facecolor=fill, edgecolor=colour))
@@ -214,7 +232,7 @@ def padded_rows(axis: Axes, counts: Sequence[int], width: int) -> None:
         label="padding, ignored",
     )
     for row, value in zip(rows, counts, strict=True):
-        axis.text(width + 0.5, row, f"{value}", va="center", fontsize=9)
+        axis.text(width + 0.5, row, f"{value}", va="center")
     axis.invert_yaxis()
     axis.set(xlabel="position in the padded row", ylabel="row", yticks=rows)
-    axis.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+    _legend_below(axis.figure)

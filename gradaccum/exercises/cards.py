@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from gradaccum.exercises.checking import Outcome, Result
 from gradaccum.exercises.question import Difference, Question
 
-# White on each is 5:1 or more, so that the badges can be read in JupyterLab's light and dark themes alike.
-GREEN, RED, GREY = "#1a7f37", "#b42318", "#57606a"
+# White on each is 4.5:1 or more, for the badges; each is 3:1 or more on the page of a light and of a dark theme (#fff,
+# #111, #212121), for the border. All other text takes the theme's own colour.
+GREEN, RED, GREY = "#1a7f37", "#c8322b", "#69717a"
 
 
 class Score(float):
@@ -106,7 +107,8 @@ def _card(outcome: Outcome) -> str:
         parts.append(f"<details><summary>What your code printed</summary>{shown}</details>")
     colour = GREEN if full else GREY if outcome.note else RED
     style = f"border:1px solid {colour};border-left:6px solid {colour};padding:8px 12px;max-width:52em"
-    return f"<div role='status' style='{style}'>{''.join(parts)}</div>"
+    name = f"Exercise {text(outcome.question.id)}: result"
+    return f"<div role='status' aria-label='{name}' style='{style}'>{''.join(parts)}</div>"
 
 
 class Scorecard:
@@ -132,14 +134,17 @@ class Scorecard:
         return "\n".join([f"{self.points} of {self.possible} points", *rows, self.next_step()])
 
     def _repr_html_(self) -> str:
-        text, cell = html.escape, "style='text-align:left;padding:2px 12px 2px 0'"
+        text, cell = html.escape, "style='text-align:left;font-weight:normal;padding:2px 12px 2px 0'"
         rows = [
-            f"<tr><td {cell}>{question.id} {text(question.title)}</td><td {cell}>{_reached(question, score)}</td></tr>"
+            f"<tr><th scope='row' {cell}>{question.id} {text(question.title)}</th>"
+            f"<td {cell}>{_reached(question, score)}</td></tr>"
             for question, score in self.rows
         ]
+        columns = "".join(f"<th scope='col' {cell}><b>{name}</b></th>" for name in ("Exercise", "Points"))
         bar = f"<progress max='{self.possible}' value='{self.points}' aria-label='points'></progress>"
         head = f"<b>{self.points} of {self.possible} points</b> {bar}"
-        return f"<div>{head}<table>{''.join(rows)}</table><p>{text(self.next_step())}</p></div>"
+        table = f"<table><thead><tr>{columns}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        return f"<div role='group' aria-label='Scorecard'>{head}{table}<p>{text(self.next_step())}</p></div>"
 
 
 def _reached(question: Question, score: Score | None) -> str:

@@ -1,0 +1,358 @@
+"""What a learner sees can be read: WCAG 2.2's contrast in figures and cards as they are drawn, and without colour."""
+
+import inspect
+import re
+from html.parser import HTMLParser
+from itertools import combinations
+from pathlib import Path
+
+import jupyterlab
+import nbformat
+import numpy as np
+import pytest
+from matplotlib.collections import PolyCollection
+from matplotlib.colors import to_rgb
+from matplotlib.lines import Line2D
+from matplotlib.patches import FancyBboxPatch, Patch
+from matplotlib.text import Text
+
+from gradaccum import exercises, plots
+from gradaccum.exercises import cards, check, scorecard
+
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+TEXT, DRAWN = 4.5, 3.0  # WCAG 2.2, success criteria 1.4.3 and 1.4.11, level AA
+
+
+def linear(colour):
+    parts = np.array(to_rgb(colour))
+    return np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+
+
+def contrast(one, other):
+    """The ratio of WCAG 2.2, www.w3.org/TR/WCAG22/#dfn-contrast-ratio: from 1 to 21."""
+    low, high = sorted(float(linear(colour) @ (0.2126, 0.7152, 0.0722)) for colour in (one, other))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "ratio"),
+    [("black", "white", 21.0), ("white", "white", 1.0), ("#767676", "#ffffff", 4.54), ("#ff0000", "#ffffff", 4.0)],
+)
+def test_the_formula_gives_the_known_ratios(one, other, ratio):
+    assert contrast(one, other) == contrast(other, one) == pytest.approx(ratio, abs=0.005)
+
+
+# --------------------------------------------------------------------------------------------------- the figures
+
+
+def unreadable(figure):
+    """List what in a drawn figure is too faint or too small, or has nothing but its colour to be told by."""
+    figure.canvas.draw()
+    return [*faults_of_texts(figure), *faults_of_shapes(figure), *faults_of_lines(figure), *alike(figure)]
+
+
+def pages(figure):
+    return [figure.patch, *(axis.patch for axis in figure.axes)]
+
+
+def face_and_edge(area):
+    return [np.atleast_2d(colour)[0] for colour in (area.get_facecolor(), area.get_edgecolor())]
+
+
+def behind(figure, artist):
+    """The colours that an artist lies on: of the pages and boxes that it touches, from the last that holds it whole."""
+    box = artist.get_window_extent().padded(-1)
+    touched = []
+    for patch in [*pages(figure), *(patch for axis in figure.axes for patch in axis.patches)]:
+        there = patch.get_window_extent()
+        if there.x0 <= box.x0 and there.y0 <= box.y0 and there.x1 >= box.x1 and there.y1 >= box.y1:
+            touched = [patch]
+        elif there.overlaps(box):
+            touched.append(patch)
+    return [colour for patch in touched for colour in face_and_edge(patch)[: 2 if patch.get_hatch() else 1]]
+
+
+def faults_of_texts(figure):
+    for text in figure.findobj(Text):
+        if text.get_visible() and text.get_text().strip():
+            own = text.get_bbox_patch()
+            for colour in [own.get_facecolor()] if own else behind(figure, text):
+                if contrast(text.get_color(), colour) < TEXT:
+                    yield f"text {text.get_text()!r}: faint"
+            if text.get_fontsize() < 10 or figure.get_figwidth() > 8:  # see plots.panels
+                yield f"text {text.get_text()!r}: small"
+
+
+def faults_of_shapes(figure):
+    for shape in figure.findobj(lambda artist: isinstance(artist, Patch | PolyCollection)):
+        if not shape.get_visible() or shape in pages(figure) or isinstance(shape, FancyBboxPatch):
+            continue
+        face, edge = face_and_edge(shape)
+        shown = [colour for colour in (face, edge) if colour[3] == 1]
+        if max(contrast(colour, figure.get_facecolor()) for colour in shown) < DRAWN:
+            yield f"{type(shape).__name__}: faint"
+        if shape.get_hatch() and contrast(face, edge) < DRAWN:
+            yield f"{type(shape).__name__}: faint hatch"
+
+
+def faults_of_lines(figure):
+    for line in figure.findobj(Line2D):
+        # An outline is as good as a ground, where the line shows on it.
+        outline = [effect._gc["foreground"] for effect in line.get_path_effects() if "foreground" in effect._gc]
+        outline = [colour for colour in outline if contrast(colour, line.get_color()) >= DRAWN]
+        drawn = line.get_visible() and len(line.get_xdata())
+        for colour in behind(figure, line) if drawn else []:
+            if max(contrast(each, colour) for each in [line.get_color(), *outline]) < DRAWN:
+                yield f"line {line.get_label()!r}: faint"
+
+
+def alike(figure):
+    """Find what a legend names and only a colour tells apart, or what lies side by side with no edge between."""
+    for axis in figure.axes:
+        handles, names = axis.get_legend_handles_labels()
+        drawn = [handle[0] if isinstance(handle, tuple) else handle for handle in handles]  # bars come as a tuple
+        areas = [each for each in drawn if not isinstance(each, Line2D)]
+        signs = [each.get_hatch() if each in areas else (each.get_marker(), each.get_linestyle()) for each in drawn]
+        for (one, first), (other, second) in combinations(zip(signs, names, strict=True), 2):
+            if one == other:
+                yield f"{first!r} and {second!r}: alike without colour"
+        for pair in combinations(areas, 2):
+            faces, edges = zip(*map(face_and_edge, pair), strict=True)
+            between = [edge for edge, area in zip(edges, pair, strict=True) if edge[3] and np.max(area.get_linewidth())]
+            edged = any(min(contrast(edge, face) for face in faces) >= DRAWN for edge in between)
+            if not edged and contrast(*faces) < DRAWN:
+                yield "two areas: no edge between"
+
+
+ROLES = ["parameters", "gradients", "state", "inputs", "activations", "backward temporaries", "optimizer temporaries"]
+
+
+def draw(function):
+    """Draw with one of the figures' functions, with data that uses each of its colours."""
+    if function is plots.stacked_timelines:
+        return function({name: {role: [0, 10**6, 2 * 10**6] for role in ROLES} for name in ("k = 1", "k = 4")})
+    figure, (axis,) = plots.panels(["a title"])
+    values = range(1, 5)
+    arguments = {
+        plots.lines: (
+            values,
+            {name: [n * value for value in values] for n, name in enumerate([*ROLES, "expected"], 1)},
+        ),
+        plots.bars: (ROLES, [0.0, 1, 2, 3, 4, 5, 6]),
+        plots.stacked_roles: ({name: dict.fromkeys(ROLES, 10**6) for name in ("k = 1", "k = 4")},),
+        plots.window_strip: ({"k = 2": [[1, 2], [3, 4], [5, 6], [7, 8], [9, 10], [-11]]},),
+        plots.padded_rows: ([3, 5, 1], 5),
+    }
+    function(axis, *arguments[function], **({"limit_bytes": 2_500_000} if function is plots.stacked_roles else {}))
+    return figure
+
+
+FUNCTIONS = [
+    function
+    for name, function in inspect.getmembers(plots, inspect.isfunction)
+    if function.__module__ == plots.__name__ and not name.startswith("_") and name != "panels"
+]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_a_figure_can_be_read_and_told_without_colour(function):
+    figure = draw(function)
+    assert figure.findobj(Text)
+    assert unreadable(figure) == []
+
+
+def test_a_faint_line_a_grey_text_and_twins_are_noticed():
+    figure, (axis,) = plots.panels(["a title"])
+    plots.lines(axis, [1, 2], {"seen": [1, 2], "twin": [2, 1]})
+    axis.lines[1].set(marker="o", linestyle="-")
+    axis.plot([1, 2], [1, 1], color="#E69F00", label="orange", linestyle=":")
+    axis.text(1, 1.5, "grey", color="#999999")
+    axis.text(1, 1.6, "tiny", fontsize=6)
+    assert unreadable(figure) == [
+        "text 'grey': faint",
+        "text 'tiny': small",
+        "line 'orange': faint",
+        "'seen' and 'twin': alike without colour",
+    ]
+
+
+def test_faint_boxes_hatches_and_text_on_a_box_are_noticed():
+    figure, (axis,) = plots.panels(["a title"])
+    axis.barh(["a"], [3], color="#2450CC", label="one", hatch="//", edgecolor="#A83204")
+    axis.barh(["a"], [3], left=3, color="#A83204", label="two")
+    axis.barh(["b"], [3], color="#E69F00")
+    axis.text(1, 0, "on it")
+    found = unreadable(figure)
+    assert found == [
+        "text 'on it': faint",
+        "text 'on it': faint",  # on the hatch too
+        "Rectangle: faint hatch",
+        "Rectangle: faint",
+        "two areas: no edge between",
+    ]
+
+
+def test_the_colours_hold_for_colour_blind_eyes():
+    # The least distance in CIELAB; of Okabe and Ito's seven, two of which are too light for a white page, it is 16.
+    # What an eye without one kind of cone sees: G. M. Machado and others, 2009, severity 1.
+    eyes = {
+        "all cones": np.eye(3),
+        "no long": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+        "no medium": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+        "no short": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+    }
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    for eye, seen in eyes.items():
+        colours = np.clip([np.array(seen) @ linear(colour) for colour in plots.COLOURS], 0, 1)
+        x, y, z = np.transpose([to_xyz @ colour / to_xyz.sum(axis=1) for colour in colours])
+        x, y, z = (np.where(v > 0.008856, np.cbrt(v), 7.787 * v + 16 / 116) for v in (x, y, z))
+        places = np.transpose([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+        apart = min(np.linalg.norm(one - other) for one, other in combinations(places, 2))
+        assert apart >= 20, f"{eye}: {apart:.1f}"
+
+
+LESSONS = sorted(path.stem for path in NOTEBOOKS.glob("0*.ipynb"))
+
+
+@pytest.mark.parametrize("stem", LESSONS)
+def test_a_lesson_draws_with_the_colours_of_the_figures(stem):
+    named = r"""#[0-9A-Fa-f]{6}\b|colou?rs?["']?\s*[=:]\s*["']"""
+    assert re.findall(named, (NOTEBOOKS / "source" / f"{stem}.py").read_text(encoding="utf-8")) == []
+
+
+def without_words(notebook):
+    """List the cells whose picture has no words: none printed with it, and no text right below."""
+    found = []
+    for cell, below in zip(notebook.cells, [*notebook.cells[1:], {"cell_type": "none"}], strict=True):
+        outputs = cell.get("outputs", [])
+        printed = "".join(each.text for each in outputs if each.output_type == "stream")
+        said = len(re.findall("[a-z]{2,}", printed)) >= 3 or (
+            below["cell_type"] == "markdown" and not below["source"].startswith("#")
+        )
+        if any("image/png" in each.get("data", {}) for each in outputs) and not said:
+            found.append(cell.id)
+    return found
+
+
+@pytest.mark.parametrize("stem", LESSONS)
+def test_a_picture_has_its_words(stem):
+    assert without_words(nbformat.read(NOTEBOOKS / f"{stem}.ipynb", as_version=4)) == []
+
+
+def test_a_picture_without_words_is_noticed():
+    def drawn(name, *printed):
+        picture = nbformat.v4.new_output("display_data", {"image/png": ""})
+        words = [nbformat.v4.new_output("stream", text=text) for text in printed]
+        return nbformat.v4.new_code_cell("figure", id=name, outputs=[*words, picture])
+
+    heading, text = map(nbformat.v4.new_markdown_cell, ("## Next", "It falls."))
+    told = [drawn("told", "The noise falls 8 times."), drawn("above-a-text"), text]
+    notebook = nbformat.v4.new_notebook(cells=[*told, drawn("above-a-heading", "2.1"), heading, drawn("last")])
+    assert without_words(notebook) == ["above-a-heading", "last"]
+
+
+# ----------------------------------------------------------------------------------------------------- the cards
+
+
+class Page(HTMLParser):
+    """The elements of a page with what they look like, and the texts with the element that holds them."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.elements, self.texts = [], [], []
+        self.feed(text)
+        assert self.open == [], "an element is not closed"
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        style = dict(re.findall(r"([\w-]+)\s*:\s*([^;]+)", found.pop("style", "")))
+        element = {"tag": tag, **found, "style": style, "ground": style.get("background")}
+        if self.open:
+            element["ground"] = element["ground"] or self.open[-1]["ground"]
+            style.setdefault("color", self.open[-1]["style"].get("color", "inherit"))
+        self.elements.append(element)
+        self.open.append(element)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()["tag"] == tag
+
+    def handle_data(self, text):
+        self.texts.append((text, self.open[-1]))
+
+
+def grounds():
+    """What the installed JupyterLab's themes, all of them, lay behind an output."""
+    found = {"#212121"}  # where another editor's dark page is lighter
+    for path in (Path(jupyterlab.__file__).parent / "themes" / "@jupyterlab").glob("*/index.css"):
+        found.update(re.findall(r"--jp-layout-color0:([^;]+);", path.read_text(encoding="utf-8")))
+    assert found >= {"white", "#111"}
+    return found
+
+
+def unreadable_card(text):
+    """List what in a card's page is too faint on its own ground or on any theme's."""
+    page, found = Page(text), []
+    for words, element in page.texts:
+        colour, ground = element["style"].get("color", "inherit"), element["ground"]
+        if (colour == "inherit") != (ground is None):  # the theme has its own for both, and they fit together
+            found.append(f"{words!r}: one of text and ground is the theme's, the other is not")
+        elif ground and contrast(colour, ground) < TEXT:
+            found.append(f"{words!r}: faint")
+    for element in page.elements:
+        for name, value in element["style"].items():
+            for colour in re.findall(r"#\w+", value) if name.startswith("border") else []:
+                found += [f"{name} on {ground}: faint" for ground in grounds() if contrast(colour, ground) < DRAWN]
+    return found
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """A card of each outcome, and the scorecard at the start and at the end: name -> page."""
+    monkeypatch.setattr(exercises, "_scores", {})
+
+    def stub(reduction, sizes):
+        raise NotImplementedError
+
+    def partly(reduction, sizes):
+        print("what I print")
+        return len(sizes)
+
+    def right(reduction, sizes):
+        return len(sizes) if reduction == "mean" else sum(sizes)
+
+    answers = [stub, lambda reduction, sizes: sizes["a"], partly, right]
+    views = [scorecard(3), *(check("3.2", answer) for answer in answers), scorecard(3)]
+    names = ["nothing", "not written", "broken", "partly right", "right", "some"]
+    return {name: view._repr_html_() for name, view in zip(names, views, strict=True)}
+
+
+def test_a_card_can_be_read_in_every_theme(shown):
+    assert {name: found for name, page in shown.items() if (found := unreadable_card(page))} == {}
+    everything = "".join(shown.values())
+    assert all(colour in everything for colour in (cards.GREEN, cards.RED, cards.GREY))
+
+
+def test_a_card_says_without_colour_what_it_says(shown):
+    badges = {name: {words for words, on in Page(page).texts if on["ground"]} for name, page in shown.items()}
+    assert badges["not written"] == {"NOT YET"}
+    assert badges["partly right"] == {"PASS", "FAIL"}
+    assert badges["right"] == {"PASS"}
+    assert badges["broken"] == {"FAIL"}
+
+
+def test_a_card_has_names_for_a_screen_reader(shown):
+    for name, page in shown.items():
+        whole, *parts = Page(page).elements
+        points = name in ("nothing", "some")
+        called = ("group", "Scorecard") if points else ("status", "Exercise 3.2: result")
+        assert (whole["role"], whole["aria-label"]) == called
+        assert all(part["aria-label"] for part in parts if part["tag"] == "progress")
+        assert {part["scope"] for part in parts if part["tag"] == "th"} == ({"row", "col"} if points else set())
+
+
+def test_a_faint_card_is_noticed():
+    badge = "<i style='background:#E69F00;color:#fff'>on it</i><b style='color:#999'>grey</b>"
+    on_it, grey, *borders = unreadable_card(f"<div style='border:1px solid #ffd700'>{badge}</div>")
+    assert on_it == "'on it': faint"
+    assert grey.startswith("'grey': one of text and ground")
+    assert borders == ["border on white: faint"]
