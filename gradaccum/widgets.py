@@ -1,4 +1,4 @@
-"""The interactive parts of a lesson: `predict` before you run, `explore` with the mouse or the keys, `progress`.
+"""The interactive parts of a lesson: `predict` before you run, `recap`, `explore` with mouse or keys, `progress`.
 
 They keep to what ipywidgets 7.7 has. A view draws what a pure function returns, so that a test can call the function.
 """
@@ -8,7 +8,10 @@ from __future__ import annotations
 import html
 import inspect
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import ipywidgets
@@ -16,55 +19,136 @@ from IPython.display import HTML, DisplayHandle, display
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from gradaccum.interrupts import say_stopped
+
+say_stopped()
 Item = TypeVar("Item")
+NO_GUESS = "Where you commit a guess before you run the next cell, a table here says how it did."
+
+# ipywidgets gives a slider no name and only an index as its value, a picture no text, and says no change aloud.
+# Where this does not run, the view works all the same.
+IN_THE_BROWSER = """<style>.gradaccum-view .widget-readout { flex-shrink: 0; }</style><script>(() => {
+    const set = (node, name, value) => node.getAttribute(name) === value || node.setAttribute(name, value);
+    const name = view => {
+        for (const handle of view.querySelectorAll("[role=slider], .ui-slider-handle")) {
+            const [label, readout] = [".widget-label", ".widget-readout"].map(
+                part => handle.closest(".widget-hslider")?.querySelector(part)?.textContent ?? "");
+            set(handle, "role", "slider");
+            set(handle, "aria-label", label);
+            set(handle, "aria-valuetext", readout);
+        }
+        const asked = view.querySelector(".gradaccum-asks .widget-html-content");
+        if (asked) {
+            set(view, "role", "group");
+            set(view, "aria-label", asked.textContent);
+        }
+        for (const text of view.querySelectorAll(".gradaccum-says .widget-html-content")) {
+            set(text, "aria-live", "polite");
+            view.querySelectorAll("img").forEach(picture => set(picture, "alt", text.textContent.trim()));
+        }
+    };
+    const found = () => {
+        const views = document.querySelectorAll(".gradaccum-view:not([data-named])");
+        for (const view of views) {
+            view.dataset.named = "";
+            new MutationObserver(() => name(view)).observe(
+                view, {subtree: true, childList: true, characterData: true, attributeFilter: ["aria-valuetext"]});
+            name(view);
+        }
+        return views.length;
+    };
+    if (found()) return;
+    const wait = new MutationObserver(() => found() && wait.disconnect());  // the view may come after this
+    wait.observe(document.body, {subtree: true, childList: true});
+    setTimeout(() => wait.disconnect(), 60000);
+})()</script>"""
 
 
 class Prediction:
-    """A question that waits for a guess; made by `predict`, answered by `reveal`."""
+    """A question that waits for a guess; made by `predict`, answered by `reveal`, looked back on by `recap`."""
 
-    def __init__(self, question: str, choices: Sequence[str] = ()) -> None:
+    def __init__(self, question: str, choices: Sequence[str] | Mapping[str, float] = ()) -> None:
         self.question = question
+        self.choices = list(choices)
         self.guess: str | None = None
+        self.measured: str | None = None
+        self._numbers = dict(choices) if isinstance(choices, Mapping) else {}
+        self._right: float | str = ""
         self._answer = ""
         self._shown: DisplayHandle | None = None
         # A button for each choice: JupyterLab keeps the arrow keys and letters from a list, not Tab and Space.
-        labels, layout = choices or ["Commit"], ipywidgets.Layout(width="auto")
-        self.buttons: list[Any] = [ipywidgets.Button(description=label, layout=layout) for label in labels]
+        names, layout = self.choices or ["Commit"], ipywidgets.Layout(width="auto")
+        self.buttons: list[Any] = [ipywidgets.Button(description=name, layout=layout) for name in names]
         self.text: Any = None if choices else ipywidgets.Text(placeholder="a number", description="Your guess")
         self.status: Any = ipywidgets.HTML("")
+        self.status.add_class("gradaccum-says")
         for button in self.buttons:
-            button.on_click(lambda clicked: self.commit(self.text.value if self.text else clicked.description))
+            button.on_click(self._clicked)
 
     def view(self) -> Any:
         """Lay out the question and what to answer it with: Tab, Enter and Space are enough to use it."""
         question = ipywidgets.HTML(f"<b>Predict:</b> {html.escape(self.question)}")
-        answers = ipywidgets.HBox([self.text, *self.buttons] if self.text else self.buttons)
-        return ipywidgets.VBox([question, answers, self.status])
+        question.add_class("gradaccum-asks")
+        wrapped = ipywidgets.Layout(flex_flow="row wrap")
+        answers = ipywidgets.HBox([self.text, *self.buttons] if self.text else self.buttons, layout=wrapped)
+        return _view([question, answers, self.status])
 
     def commit(self, guess: str) -> None:
         """Take the guess, once; the answer opens at once where it is already measured."""
+        if self.guess is not None:
+            return
         if not guess.strip():
             self.status.value = "Give a guess first: any guess beats none."
             return
         self.guess = guess.strip()
-        for widget in [*self.buttons, *([self.text] if self.text else [])]:
-            widget.disabled = True
         said = f"You said <b>{html.escape(self.guess)}</b>."
         self.status.value = f"{said} Now run the next cell."
         if self._shown is not None:
             self._shown.update(HTML(self._answer_html()))
             self.status.value = f"{said} The answer is open below."
 
-    def reveal(self, answer: object, meaning: str) -> None:
+    def reveal(self, answer: object, meaning: str, right: float | str | None = None) -> None:
         """Show the answer: open if a guess was committed, else closed until the reader opens it.
 
         Args:
             answer: what was measured; a float is shown with three digits.
             meaning: what the answer is, with its unit, in a few words that do not give it away.
+            right: what guesses are judged by, where it is not the answer as shown: a number, or for choices without
+                numbers one of them.
+
+        Raises:
+            ValueError: guesses cannot be judged by this: it is none of the choices, or no number.
         """
         value = f"{answer:.3g}" if isinstance(answer, float) else str(answer)
+        given = value if right is None else right
+        by_name = self.choices and not self._numbers
+        judged = given if by_name else _number(str(given))
+        if judged is None or (by_name and judged not in self.choices):
+            wanted = f"one of {', '.join(map(repr, self.choices))}" if by_name else "a number"
+            raise ValueError(f"Guesses cannot be judged by {given!r}: give `right`, {wanted}.")
+        self._right, self.measured = judged, value
         self._answer = f"<b>{html.escape(value)}</b> {html.escape(meaning)}"
         self._shown = display(HTML(self._answer_html()), display_id=True)
+
+    def verdict(self) -> tuple[bool, str]:
+        """Say whether the guess was right, and in a few words how far off it was."""
+        if self.measured is None:
+            return False, "run the cell below the question"
+        if self.choices:
+            right = self._right
+            if isinstance(right, float):  # the nearest by its ratio
+                apart = {label: (_apart(number, right), number) for label, number in self._numbers.items()}
+                right = min(apart, key=apart.__getitem__)
+            return self.guess == right, "right" if self.guess == right else f"another choice: {right}"
+        guess = _number(self.guess or "")
+        return (False, "not read as one number") if guess is None else _how_far(guess, float(self._right))
+
+    def _clicked(self, button: Any) -> None:
+        self.commit(self.text.value if self.text else button.description)
+        if self.guess is not None:
+            # The one that was pressed first stays: it has the focus, without which no key reaches the notebook.
+            for other in [*self.buttons, *([self.text] if self.text else [])]:
+                other.disabled = other.disabled or other is not button
 
     def _answer_html(self) -> str:
         if self.guess is None:
@@ -73,19 +157,81 @@ class Prediction:
         return f"<p>You said <b>{html.escape(self.guess)}</b>. Measured: {self._answer}</p>"
 
 
-def predict(question: str, choices: Sequence[str] = ()) -> Prediction:
-    """Ask the learner for a guess, by keyboard alone if they like, before the value shows.
+_asked: dict[str, Prediction] = {}
+
+
+def predict(question: str, choices: Sequence[str] | Mapping[str, float] = ()) -> Prediction:
+    """Ask the learner for a guess, by keyboard alone if they like, before the value shows; a guess made here stands.
 
     Args:
         question: one sentence; plain text.
-        choices: what to choose from; without them a number is typed.
+        choices: what to choose from, perhaps with the number that each stands for; without them a number is typed.
 
     Returns:
         The prediction; call its `reveal` in the cell that measures the value.
     """
-    prediction = Prediction(question, choices)
-    display(prediction.view())
+    prediction = _asked.get(question)
+    # Whoever has clicked on a button and presses Shift + Enter runs this again: that must not take their guess away.
+    if prediction is None or prediction.guess is None or prediction.choices != list(choices):
+        prediction = _asked[question] = Prediction(question, choices)
+    _show(prediction.view())
     return prediction
+
+
+def recap() -> None:
+    """Show how the guesses did that were committed in this notebook, in a sentence and a table.
+
+    Example:
+        >>> recap()
+        <IPython.core.display.HTML object>
+    """
+    guessed = [prediction for prediction in _asked.values() if prediction.guess is not None]
+    verdicts = [prediction.verdict() for prediction in guessed]
+    right = sum(is_right for is_right, _ in verdicts)
+    counted = f"{right or 'none'} {'was' if right < 2 else 'were'} right"
+    text = f"<p>You guessed {len(guessed)} of {len(_asked)}, and {counted}.</p>" if guessed else f"<p>{NO_GUESS}</p>"
+    if guessed:
+        rows = [("question", "you said", "measured", "how it did")]
+        for prediction, (_, verdict) in zip(guessed, verdicts, strict=True):
+            rows.append((prediction.question, prediction.guess or "", prediction.measured or "not yet", verdict))
+        text += f"<table>{''.join(map(_row, rows, ['th scope=col'] + ['td'] * len(guessed)))}</table>"
+    display(HTML(text))
+
+
+def _row(cells: Sequence[str], kind: str) -> str:
+    style = "style='text-align:left;vertical-align:top'"
+    return f"<tr>{''.join(f'<{kind} {style}>{html.escape(cell)}</{kind[:2]}>' for cell in cells)}</tr>"
+
+
+def _number(text: str) -> float | None:
+    """Read the one number in a text, however people write it: "about 4x", "52 %", "1,000", "2,5", "1/3", "3.2e-7"."""
+    text = re.sub(r"(?<![\d.,])([1-9]\d{0,2})((?:,\d{3})+)(?![\d,])", lambda m: m[0].replace(",", ""), text)
+    text = re.sub(r"(?<=\d),(?=\d)", ".", text.replace("\u2212", "-"))
+    found = re.findall(r"(?:(?<![\w.)])-)?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", text)
+    values = [float(each) for each in found]
+    if len(values) == 2 and values[1] and re.search(r"\d\s*/\s*\d", text):
+        values = [values[0] / values[1]]
+    return values[0] if len(values) == 1 and math.isfinite(values[0]) else None
+
+
+def _apart(one: float, other: float) -> float:
+    """How many times one number is the other, as the size of a logarithm; only 0 is near to 0."""
+    if one == other:
+        return 0.0
+    return abs(math.log(one / other)) if one * other > 0 else math.inf
+
+
+def _how_far(guess: float, right: float) -> tuple[bool, str]:
+    apart, direction = _apart(guess, right), "high" if guess > right else "low"
+    if apart <= math.log(1.01):
+        return True, "right"
+    if abs(guess - right) <= 0.1 * abs(right) * (1 + 1e-9):
+        return True, "right, within 10 %"
+    if math.isinf(apart):
+        return False, f"too {direction}"
+    if apart < math.log(2) - 1e-9:
+        return False, f"{100 * abs(guess / right - 1):.0f} % too {direction}"
+    return False, f"{float(f'{math.exp(apart):.2g}'):,g} times too {direction}"
 
 
 def explore(view: Callable[..., tuple[Figure, str]], **controls: Sequence[Any]) -> None:
@@ -96,27 +242,49 @@ def explore(view: Callable[..., tuple[Figure, str]], **controls: Sequence[Any]) 
             The default of each of its parameters is where that control starts.
         controls: the values to choose from, in order, under the names of `view`'s parameters. Each becomes a
             slider, which the arrow keys move.
+
+    Raises:
+        ValueError: a control cannot start where its parameter's default says.
     """
     start = {name: parameter.default for name, parameter in inspect.signature(view).parameters.items()}
+    for name, values in controls.items():
+        if start.get(name) not in values:
+            raise ValueError(f"{name} starts at {start.get(name)!r}: give it a default that is one of {list(values)}.")
     boxes = {name: _control(name, values, start[name]) for name, values in controls.items()}
     back = ipywidgets.Button(description="Back to the start", tooltip="Set every control to where it began")
     sentence = ipywidgets.HTML()
-    picture = ipywidgets.Image(format="png", layout=ipywidgets.Layout(max_width="100%", align_self="flex-start"))
+    sentence.add_class("gradaccum-says")
+    picture = ipywidgets.Image(
+        format="png", layout=ipywidgets.Layout(max_width="100%", margin="0", align_self="flex-start")
+    )
+
+    @lru_cache(maxsize=64)  # by the controls' places, since a value may be anything
+    def drawn(*_: int) -> tuple[str, bytes]:
+        figure, text = view(**{name: box.value for name, box in boxes.items()})
+        return text, _png(figure)
 
     def draw(_: object = None) -> None:
-        figure, text = view(**{name: box.value for name, box in boxes.items()})
-        sentence.value = f"<p>{html.escape(text)}</p>"
-        picture.value = _png(figure)
+        try:
+            text, image = drawn(*(box.index for box in boxes.values()))
+        except Exception as error:  # it is raised in no cell: nobody would see it
+            reason = str(error).partition("\n")[0]
+            text, image = f"This cannot be shown. {type(error).__name__}: {reason}", b""
+        sentence.value, picture.value = f"<p>{html.escape(text)}</p>", image
+        picture.layout.display = None if image else "none"
 
     def reset(_: object) -> None:
         for name, box in boxes.items():
+            box.unobserve(draw, names="value")
             box.value = start[name]
+            box.observe(draw, names="value")
+        draw()
 
+    drawn(*(box.index for box in boxes.values()))  # what is wrong from the start is wrong in the cell
+    draw()
     for box in boxes.values():
         box.observe(draw, names="value")
     back.on_click(reset)
-    draw()
-    display(ipywidgets.VBox([*boxes.values(), back, sentence, picture]))
+    _show(_view([*boxes.values(), back, sentence, picture]))
 
 
 def progress(items: Iterable[Item], description: str) -> Iterator[Item]:
@@ -153,11 +321,23 @@ def _control(name: str, values: Sequence[Any], start: Any) -> Any:
         value=start,
         description=name.replace("_", " "),
         style={"description_width": "150px"},
-        layout=ipywidgets.Layout(width="520px"),
+        layout=ipywidgets.Layout(width="auto", max_width="520px"),
     )
+
+
+def _view(parts: Sequence[Any]) -> Any:
+    view = ipywidgets.VBox(parts)
+    view.add_class("gradaccum-view")
+    return view
+
+
+def _show(view: Any) -> None:
+    display(view)
+    display(HTML(IN_THE_BROWSER))
 
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", bbox_inches="tight")
+    figure.set_figwidth(min(figure.get_figwidth(), 8.0))  # a narrow window shrinks a wide one, and its text with it
+    figure.savefig(buffer, format="png")  # the layout leaves nothing outside, so drawing it once is enough
     return buffer.getvalue()

@@ -1,10 +1,16 @@
 """The interactive parts without a browser: what they show, when, and that a view calls its function."""
 
+import subprocess
+import sys
+from threading import Timer
+
 import ipywidgets
 import pytest
+from jupyter_client import KernelManager
 from matplotlib.figure import Figure
+from nbval.kernel import CURRENT_ENV_KERNEL_NAME, NbvalKernelspecManager
 
-from gradaccum import widgets
+from gradaccum import interrupts, widgets
 
 
 class Display:
@@ -24,11 +30,18 @@ class Display:
     def text(self):
         return self.shown[-1].data
 
+    @property
+    def view(self):
+        """The last view; what gives its parts their names in the browser is shown after it."""
+        assert self.shown[-1].data == widgets.IN_THE_BROWSER
+        return self.shown[-2]
+
 
 @pytest.fixture
 def screen(monkeypatch):
     screen = Display()
     monkeypatch.setattr(widgets, "display", screen)
+    monkeypatch.setattr(widgets, "_asked", {})
     return screen
 
 
@@ -52,9 +65,22 @@ def test_a_committed_guess_stands_and_opens_the_answer(screen):
     assert [button.description for button in prediction.buttons] == ["half", "double"]
     prediction.buttons[1].click()
     assert prediction.guess == "double"
-    assert all(button.disabled for button in prediction.buttons)
-    prediction.reveal("2.0", "times")
+    # The one that was pressed keeps the focus: without it, no key would reach the notebook.
+    assert [button.disabled for button in prediction.buttons] == [True, False]
+    prediction.commit("half")
+    assert prediction.guess == "double"
+    prediction.reveal("twice", "as much", right="double")
     assert "You said <b>double</b>" in screen.text
+    # The cell run again, as by Shift + Enter after a click, does not take the guess away; another question is new.
+    assert widgets.predict("How?", choices=["half", "double"]) is prediction
+    assert widgets.predict("How?", choices=["half", "double", "thrice"]) is not prediction
+
+
+def test_a_question_without_a_guess_is_asked_anew(screen):
+    first = widgets.predict("How many?")
+    assert widgets.predict("How many?") is not first
+    widgets.recap()
+    assert screen.text == f"<p>{widgets.NO_GUESS}</p>"
 
 
 @pytest.mark.parametrize(("answer", "shown"), [(1.23456, "<b>1.23</b>"), (7, "<b>7</b>"), ("about <3", "about &lt;3")])
@@ -63,21 +89,115 @@ def test_an_answer_is_written_plainly(screen, answer, shown):
     assert shown in screen.text
 
 
+@pytest.mark.parametrize(
+    ("choices", "right", "sentence"),
+    [
+        (["half", "double"], None, "by '2': give `right`, one of 'half', 'double'"),
+        (["half", "double"], "twice", "by 'twice'"),
+        ({"half": 0.5}, "2 of 3", "by '2 of 3': give `right`, a number"),
+        ((), float("nan"), "by nan: give `right`, a number"),
+    ],
+)
+def test_an_answer_that_no_guess_can_be_judged_by_is_refused(screen, choices, right, sentence):
+    prediction, before = widgets.predict("How?", choices), len(screen.shown)
+    with pytest.raises(ValueError, match=sentence):
+        prediction.reveal(2, "times", right=right)
+    assert prediction.measured is None
+    assert len(screen.shown) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("4", 4), ("about 4x", 4), ("x4", 4), ("52 %", 52), ("~ 3.2e-7", 3.2e-7), ("1E3", 1000), (".5", 0.5),
+        ("1,000", 1000), ("1,234,567.5", 1234567.5), ("2,5", 2.5), ("0,125", 0.125), ("1,2345", 1.2345),
+        ("1/3", 1 / 3), ("1 / 4 of it", 0.25), ("-2", -2), ("\u22122", -2), ("k=4", 4), ("5.", 5),
+        ("half", None), ("", None), ("2 to 4", None), ("4-5", None), ("1/0", None), ("1e999", None),
+        ("1.000.000", None),
+    ],
+)  # fmt: skip
+def test_a_number_is_read_as_people_write_it(text, number):
+    assert widgets._number(text) == number
+
+
+@pytest.mark.parametrize(
+    ("guess", "right", "verdict"),
+    [
+        ("4x", 4.0, "right"), ("1/3", "0.3333", "right"), ("0", 0, "right"), ("30 %", "28 %", "right, within 10 %"),
+        ("1.1", 1, "right, within 10 %"), ("1.5", 1, "50 % too high"), ("6", 8, "25 % too low"),
+        ("10", 4, "2.5 times too high"), ("2", 4, "2 times too low"), ("1,000", 1, "1,000 times too high"),
+        ("-1", 2, "too low"), ("1", 0, "too high"), ("lots", 4, "not read as one number"),
+    ],
+)  # fmt: skip
+def test_a_typed_guess_is_judged_by_its_distance(screen, guess, right, verdict):
+    prediction = widgets.predict("How many?")
+    prediction.commit(guess)
+    prediction.reveal(right, "")
+    assert prediction.verdict() == (verdict.startswith("right"), verdict)
+
+
+STEPS = {"exactly 0": 0.0, "below 0.00001": 1e-7, "about 0.001": 1e-3, "about 0.1": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("measured", "best"),
+    [(0, 0), (1e-16, 1), (9e-6, 1), (2e-5, 2), (9e-3, 2), (2e-2, 3), (50.0, 3), ("about 0.2", 3)],
+)
+def test_the_right_choice_is_the_nearest_by_its_ratio(screen, measured, best):
+    for number, label in enumerate(STEPS):
+        prediction = widgets.Prediction("How far?", STEPS)
+        prediction.buttons[number].click()
+        prediction.reveal("this far", "", right=measured)
+        right = list(STEPS)[best]
+        assert prediction.verdict() == ((True, "right") if label == right else (False, f"another choice: {right}"))
+
+
+def test_recap_says_how_the_guesses_did_and_gives_nothing_else_away(screen):
+    for question, choices, guess, answer in [
+        ("How <many>?", (), "8", 4.0),
+        ("Which?", ["this", "that"], "this", "this"),
+        ("How far?", (), None, 777),
+        ("What next?", (), "<1>", None),
+    ]:
+        prediction = widgets.predict(question, choices)
+        if guess:
+            prediction.commit(guess)
+        if answer:
+            prediction.reveal(answer, "")
+    for _ in range(2):
+        widgets.recap()
+        rows = [row.split("</td>")[:-1] for row in screen.text.split("<tr>")[2:]]
+        assert [[cell.rpartition(">")[2] for cell in row] for row in rows] == [
+            ["How &lt;many&gt;?", "8", "4", "2 times too high"],
+            ["Which?", "this", "this", "right"],
+            ["What next?", "&lt;1&gt;", "not yet", "run the cell below the question"],
+        ]
+        assert "<p>You guessed 3 of 4, and 1 was right.</p>" in screen.text
+        assert "777" not in screen.text
+
+
 def find(box, kind):
     return [child for child in box.children if isinstance(child, kind)]
 
 
-def test_explore_starts_at_the_defaults_redraws_and_goes_back(screen):
+@pytest.fixture
+def explored(screen):
+    """A view, its parts, and the calls of its function."""
     calls = []
 
     def view(steps=4, name="SGD"):
         calls.append((steps, name))
+        if steps == 2:
+            raise ValueError("steps is 2 <two>.\nMore of it.")
         return Figure(), f"{steps} steps of {name}"
 
     widgets.explore(view, steps=[1, 2, 4], name=["Adam", "SGD"])
-    box = screen.shown[-1]
-    slider, choice = find(box, ipywidgets.SelectionSlider)
-    (sentence,), (picture,), (back,) = (find(box, getattr(ipywidgets, name)) for name in ("HTML", "Image", "Button"))
+    kinds = ("SelectionSlider", "HTML", "Image", "Button")
+    return screen.view, calls, *(find(screen.view, getattr(ipywidgets, kind)) for kind in kinds)
+
+
+def test_explore_starts_at_the_defaults_redraws_and_goes_back(explored):
+    _, calls, (slider, choice), (sentence,), (picture,), (back,) = explored
     assert calls == [(4, "SGD")]
     assert bytes(picture.value).startswith(b"\x89PNG")
     picture.value = b""
@@ -87,7 +207,49 @@ def test_explore_starts_at_the_defaults_redraws_and_goes_back(screen):
     assert "1 steps of Adam" in sentence.value
     assert bytes(picture.value).startswith(b"\x89PNG")
     back.click()
-    assert calls[-1] == (4, "SGD")
+    assert (slider.value, choice.value) == (4, "SGD")
+    assert "4 steps of SGD" in sentence.value
+    assert len(calls) == 3, "what was drawn before is shown again, and going back draws no step of the way"
+
+
+def test_explore_shows_what_went_wrong_and_goes_on(explored):
+    _, _, (slider, _), (sentence,), (picture,), (back,) = explored
+    slider.value = 2
+    assert sentence.value == "<p>This cannot be shown. ValueError: steps is 2 &lt;two&gt;.</p>"
+    assert bytes(picture.value) == b""
+    assert picture.layout.display == "none"
+    back.click()
+    assert "4 steps" in sentence.value
+    assert bytes(picture.value).startswith(b"\x89PNG")
+    assert picture.layout.display is None
+
+
+def test_explore_refuses_what_cannot_start(screen):
+    with pytest.raises(ZeroDivisionError):
+        widgets.explore(lambda steps=0: 1 / steps, steps=[0, 1])
+    for view in (lambda steps: None, lambda steps=3: None, lambda other=1: None):
+        with pytest.raises(ValueError, match=r"steps starts at .*: give it a default that is one of \[1, 2\]"):
+            widgets.explore(view, steps=[1, 2])
+    assert screen.shown == []
+
+
+def test_a_wide_figure_is_drawn_for_a_window_of_800_pixels():
+    width = int.from_bytes(widgets._png(Figure(figsize=(9, 2), dpi=100))[16:20])  # where a PNG has it
+    assert width == 800
+
+
+def test_the_browser_finds_what_it_names(explored, screen):
+    view, _, _, (sentence,), *_ = explored
+    assert "gradaccum-view" in view._dom_classes
+    assert "gradaccum-says" in sentence._dom_classes
+    prediction = widgets.predict("How?")
+    asked, _, said = screen.view.children
+    assert "gradaccum-view" in screen.view._dom_classes
+    assert "gradaccum-asks" in asked._dom_classes
+    assert said is prediction.status
+    assert "gradaccum-says" in said._dom_classes
+    for name in ("view", "says", "asks"):
+        assert f".gradaccum-{name}" in widgets.IN_THE_BROWSER
 
 
 @pytest.mark.parametrize("stop_early", [False, True])
@@ -101,3 +263,49 @@ def test_progress_yields_everything_and_leaves_nothing_behind(screen, stop_early
     assert seen == ([0, 1, 2] if stop_early else [0, 1, 2, 3, 4])
     assert any("counting" in shown.data for shown in screen.shown)
     assert screen.text == ""
+
+
+def test_a_stopped_cell_fails_with_one_sentence_and_nothing_else_changes():
+    manager = KernelManager(kernel_name=CURRENT_ENV_KERNEL_NAME, kernel_spec_manager=NbvalKernelspecManager())
+    manager.start_kernel(extra_arguments=["--IPKernelApp.log_level=ERROR"])
+    client = manager.client()
+    client.start_channels()
+
+    def run(code, stop=False):
+        shown = []
+
+        def show(message):
+            shown.append(message)
+            if stop and message["msg_type"] == "stream":  # it is running
+                Timer(0.2, manager.interrupt_kernel).start()
+
+        reply = client.execute_interactive(code, output_hook=show, timeout=60)["content"]
+        return reply, [one["content"]["traceback"] for one in shown if one["msg_type"] == "error"]
+
+    try:
+        client.wait_for_ready(timeout=60)
+        run("import time; from gradaccum.interrupts import say_stopped; say_stopped(); say_stopped()")
+        reply, tracebacks = run("print('now', flush=True); time.sleep(30)", stop=True)
+        assert reply["status"] == "error", "Run All stops here"
+        assert reply["ename"] == "KeyboardInterrupt"
+        assert tracebacks == [[interrupts.STOPPED]]
+        reply, (traceback,) = run("1 / 0")
+        assert len(traceback) > 1, "other errors are shown as ever"
+        assert run("4")[0]["status"] == "ok"
+        own = "get_ipython().set_custom_exc((KeyError,), lambda *_, **__: None); say_stopped()"
+        run(f"{own}; assert get_ipython().custom_exceptions == (KeyError,)")
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+def test_stopping_is_arranged_by_the_widgets_and_imports_nothing_that_is_slow():
+    script = """import sys
+from IPython.core.interactiveshell import InteractiveShell
+shell = InteractiveShell.instance()
+import gradaccum.interrupts
+assert not {"matplotlib", "ipywidgets"} & set(sys.modules)
+assert shell.custom_exceptions == ()
+import gradaccum.widgets
+assert shell.custom_exceptions == (KeyboardInterrupt,)"""
+    subprocess.run([sys.executable, "-c", script], check=True)

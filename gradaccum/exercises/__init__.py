@@ -18,6 +18,7 @@ from IPython.display import Code, display
 from gradaccum.exercises.cards import Score, Scorecard
 from gradaccum.exercises.checking import grade
 from gradaccum.exercises.question import Answer, Question
+from gradaccum.interrupts import say_stopped
 
 __all__ = ["Score", "Scorecard", "attempt", "check", "find", "questions", "reset", "scorecard", "solution"]
 
@@ -25,6 +26,7 @@ LESSONS = (1, 2, 3, 4, 5, 6)
 # Made from the notebooks' sources, where each answer stands once. An instructor may delete it.
 ANSWERS = Path(__file__).with_name("answers.json")
 _scores: dict[str, Score] = {}
+say_stopped()
 
 
 def questions(lesson: int) -> tuple[Question, ...]:

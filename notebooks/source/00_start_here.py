@@ -3,7 +3,7 @@
 #
 # Gradient accumulation gives you the gradient of a large batch on a machine that holds a small one.
 # Most tutorials teach it with one division that is right on some data and wrong on the rest.
-# Run the next two cells and see. It takes 5 minutes to read this page.
+# Run the next cells and see. It takes 5 minutes to read this page.
 
 # %% setup tags=["nbval-ignore-output"]
 import torch
@@ -85,10 +85,11 @@ assert right < 1e-5
 # | [3. Normalize](03_normalize.ipynb) | one division, and which optimizers notice when it is missing | 20 |
 # | [4. Windows](04_windows.ipynb) | seven ways the loop goes wrong at its edges; the learning rate | 25 |
 # | [5. Unequal micro-batches](05_unequal_micro_batches.ipynb) | the mean of means is not the mean; the finished loop | 25 |
-# | [6. GPU memory](06_gpu_memory.ipynb) | a step's peak to the byte; the largest micro-batch for a budget | 25 |
+# | [6. GPU memory](06_gpu_memory.ipynb) | a step's peak to the byte; which GPT-2 trains on 8, 16, 24 GB | 35 |
 #
 # Take them in this order: each opens with the loop that the one before ended with.
 # All of them run on a laptop without a GPU.
+# Lessons 1 to 6 end with a link to their exercises, which grade themselves.
 
 # %% how [markdown]
 # ## How a lesson works
@@ -115,9 +116,20 @@ share_guess.reveal(
     "of the targets; the textbook loop gives it 25 % of the weight",
 )
 
+# %% how-recap [markdown]
+# Each lesson ends with a recap, something to try with its answer folded away, and a table that says how your guesses did.
+# Here it is for this page:
+
+# %% how-recap-run
+widgets.recap()
+
 # %% how-more [markdown]
-# Each lesson ends with a recap and something to try, with its answer folded away.
-# Notebooks with graded exercises are the next thing to be added to this course.
+# ## What is kept, and how to come back
+#
+# What you write stays in the notebook's file on your own machine, and on Colab and Kaggle in your account once you save a copy; on Binder it is gone after ten idle minutes, unless you press the cloud with the arrow down in the toolbar (*Save to browser storage*), or *Download* beside it, which works even after the session has ended.
+# To come back on Binder, launch again in the same browser, open the same notebook and press the cloud with the arrow up, or drag your download into the list of files.
+#
+# After a break, or a kernel that died, run the set-up cell and go on at any section.
 #
 # ## What is here
 #

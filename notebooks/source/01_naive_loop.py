@@ -140,7 +140,12 @@ assert losses[-1] < 2.2 < 3 < losses[0]
 # %% noise-guess tags=["nbval-ignore-output", "widget"]
 noise_guess = widgets.predict(
     "The noise of a batch of 4 names is how many times the noise of 16?",
-    choices=["1 time, it stays the same", "2 times", "4 times", "16 times"],
+    choices={
+        "1 time, it stays the same": 1,
+        "2 times": 2,
+        "4 times": 4,
+        "16 times": 16,
+    },
 )
 
 # %% noise-run
@@ -296,3 +301,6 @@ figure
 # **Exercises**, which grade themselves: [write one training step, find what an epoch's loss holds on to, and say how quiet another batch will be](exercises/01_naive_loop.ipynb).
 #
 # **Next**, in lesson 2: what if you want the quiet gradient of a large batch on a machine that holds a small one?
+
+# %% recap-guesses
+widgets.recap()

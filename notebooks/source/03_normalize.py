@@ -59,7 +59,12 @@ for step, (inputs, targets) in enumerate(micro_batches):
 # %% equal-guess tags=["nbval-ignore-output", "widget"]
 equal_guess = widgets.predict(
     "How far apart are the two gradients, relative to their length, in float32?",
-    choices=["exactly 0", "below 0.00001", "about 0.001", "about 0.1"],
+    choices={
+        "exactly 0": 0,
+        "below 0.00001": 1e-7,
+        "about 0.001": 1e-3,
+        "about 0.1": 1e-1,
+    },
 )
 
 # %% equal-run tags=["nbval-ignore-output"]
@@ -119,7 +124,12 @@ print("0.1 + (0.2 + 0.3) == (0.1 + 0.2) + 0.3:", 0.1 + (0.2 + 0.3) == (0.1 + 0.2
 # %% delete-guess tags=["nbval-ignore-output", "widget"]
 delete_guess = widgets.predict(
     "No division, k = 4, Adam, 20 updates. How far off are the weights?",
-    choices=["less than 0.1 %", "about 1 %", "about 40 %", "about 400 %"],
+    choices={
+        "less than 0.1 %": 0.01,
+        "about 1 %": 1,
+        "about 40 %": 40,
+        "about 400 %": 400,
+    },
 )
 
 # %% delete-run
@@ -197,7 +207,7 @@ plots.bars(
     axis,
     list(missing),
     list(missing.values()),
-    text="{:.3g} %",
+    text="{:.0f} %",
     xlabel="percent of the way",
 )
 for name, distance in missing.items():
@@ -242,13 +252,14 @@ measured = {
 def from_full_batch(optimizer="SGD", accumulation_steps=4, divide=False):
     """The figure and the sentence for one setting, from what was measured."""
     distance = measured[optimizer, accumulation_steps, divide]
-    figure, (axis,) = plots.panels(["Distance from full-batch training"])
+    rule = "divided" if divide else "not divided"
+    setting = f"{optimizer}, k = {accumulation_steps}, {rule}"
+    figure, (axis,) = plots.panels([f"{setting}: distance from full-batch training"])
+    figure.set_figwidth(7)
     labels = {"xlabel": "update", "ylabel": "percent of the way"}
     plots.lines(axis, range(len(distance)), {"distance": distance}, **labels)
     axis.set_ylim(0, max(10, 1.1 * max(distance)))
-    rule = "divided" if divide else "not divided"
     amount = f"{distance[-1]:.0f} %" if distance[-1] > 0.5 else "less than 0.5 %"
-    setting = f"{optimizer}, k = {accumulation_steps}, {rule}"
     return figure, f"{setting}: after 20 updates, off by {amount} of the way."
 
 
@@ -290,3 +301,6 @@ figure
 # **Exercises**, which grade themselves: [write one normalized window, say what a sum needs, and write the test that notices](exercises/03_normalize.ipynb).
 #
 # **Next**: the division is right, and the loop around it still goes wrong at its edges. Lesson 4 breaks it in seven ways, then turns it inside out.
+
+# %% recap-guesses
+widgets.recap()

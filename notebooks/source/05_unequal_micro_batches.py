@@ -300,11 +300,10 @@ print(f"One backward at the end loses {100 * given_back:.0f} % of what was saved
 assert 0.5 < given_back < 1
 figure
 
-# %% deferred-why [markdown]
+# %% finished [markdown]
 # A loss that has not been through `backward()` keeps its whole graph, so the activations of all 8 micro-batches pile up.
 # The gradients are right, and only a memory test notices.
-
-# %% finished [markdown]
+#
 # ## The finished loop
 #
 # `gradaccum.accumulate` is the inner part of this loop in its finished form: it counts, divides and calls `backward()` for each micro-batch.
@@ -474,3 +473,6 @@ figure
 # **Exercises**, which grade themselves: [weigh means, write the token-weighted step, mend a fix that lost the point, and write the test](exercises/05_unequal_micro_batches.ipynb).
 #
 # **Next**: the reason for all this was memory. Lesson 6 counts it to the byte, and plans for a GPU that is not there.
+
+# %% recap-guesses
+widgets.recap()

@@ -148,6 +148,9 @@ assert peaks[64] - peaks[32] == 4 * inputs_of_8
 
 
 # %% floor-run
+from IPython.display import display
+
+
 def update(model, optimizer, window):
     """One update as in lesson 3; without names, nothing keeps logits and loss."""
     for inputs, targets in window:
@@ -184,9 +187,8 @@ for name, (first, second) in reports.items():
 held = [second.peak_bytes for _, second in reports.values()]
 assert held == sorted(held, reverse=True)
 assert all(second.peak_bytes > first.peak_bytes for first, second in reports.values())
-figure
+display(figure)
 
-# %% floor-timeline
 timelines = {name: reports[name][1].timeline for name in ("k = 1", "k = 4")}
 for name, timeline in timelines.items():
     highest = max(sum(held) for held in zip(*timeline.values(), strict=True))
@@ -295,7 +297,8 @@ cheapest = min(costs, key=costs.get)
 leaks_guess.reveal(cheapest, f"costs {costs[cheapest]} bytes; in full: {listed}")
 zeros = {k: peak_with("", k, False) - peak_with("", k) for k in (1, 8)}
 listed = ", ".join(f"{cost:,} bytes at k = {k}" for k, cost in zeros.items())
-when = " and ".join(f"at k = {k}" for k, cost in zeros.items() if cost) or "never"
+costly = [f"at k = {k}" for k, cost in zeros.items() if cost]
+when = "at both" if len(costly) == 2 else "".join(costly) or "never"
 zeros_guess.reveal(when, f"it costs a copy: {listed}")
 assert costs.pop(cheapest) < 100 and min(costs.values()) > 1_000_000
 assert sorted(zeros.values()) == [0, 4 * (2 * 1000 * 128 + 1000)]
@@ -308,10 +311,10 @@ assert sorted(zeros.values()) == [0, 4 * (2 * 1000 * 128 + 1000)]
 # ## A GPU that is not there
 #
 # The same code can run on tensors that have a shape and no data.
-# Nothing is allocated, and what it *would* hold is followed as before.
+# Nothing is allocated, and what it *would* hold is followed.
 # For CUDA, sizes are rounded as its allocator does, and AdamW takes its form there.
 #
-# On a GPU the cell shows the device's own peak too, and what its allocator has *reserved*: it takes large pieces and keeps what is free again.
+# On a GPU the cell shows the device's own peak, with its libraries' workspaces, and what its allocator has *reserved*: it takes large pieces and keeps what is free again.
 #
 # The cell after it plans, and runs what it planned: the largest micro-batch for lesson 1's model, 50 rows and 4 MB on the CPU.
 # The effective batch stays exact, with a smaller last micro-batch if need be.
@@ -378,7 +381,7 @@ assert sum(plan.sizes) == 50
 assert measured.peak_bytes == plan.peak_bytes <= plan.budget_bytes
 
 # %% roads [markdown]
-# Predicted and planned to the byte, on the CPU.
+# Planned to the byte, on the CPU.
 # For CUDA the predictions have **not yet been compared with a real GPU** in this course.
 # They leave out the CUDA context and the libraries' workspaces.
 #
@@ -437,13 +440,17 @@ def predicted(accumulation_steps=1, autocast=False, checkpointed=False):
     return memory.predict_memory(build, update).at_peak
 
 
+settings = {
+    "one batch of 16": {},
+    "autocast": {"autocast": True},
+    "checkpointing": {"checkpointed": True},
+    "k = 4": {"accumulation_steps": 4},
+    "k = 16": {"accumulation_steps": 16},
+    "checkpointing, k = 4": {"accumulation_steps": 4, "checkpointed": True},
+}
 roads = {
-    "one batch of 16": predicted(),
-    "autocast": predicted(autocast=True),
-    "checkpointing": predicted(checkpointed=True),
-    "k = 4": predicted(4),
-    "k = 16": predicted(16),
-    "checkpointing, k = 4": predicted(4, checkpointed=True),
+    road: predicted(**settings[road])
+    for road in widgets.progress(settings, "predicting each road")
 }
 alone = ("k = 4", "autocast", "checkpointing")
 lowest = min(alone, key=lambda road: sum(roads[road].values()))
@@ -611,6 +618,9 @@ def what_is_held(
     return figure, sentence
 
 
+for model in widgets.progress(list(SHAPES)[:4], "the same under autocast"):
+    no_layer_and_one(model, True)  # kept, so that a move of the slider need not wait
+
 widgets.explore(
     what_is_held,
     model=list(SHAPES)[:4],
@@ -652,3 +662,6 @@ figure
 # **Exercises**: [a peak, a plan, and what a loop keeps](exercises/06_gpu_memory.ipynb).
 #
 # **Next**: put `windows`, `accumulate` and the planner into a loop of your own.
+
+# %% recap-guesses
+widgets.recap()
