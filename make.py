@@ -38,6 +38,7 @@ COMMANDS = {
     "test-all": "run every test but the browser's, the slow ones too",
     "test-browser": "open every notebook in JupyterLab in Chromium, run it, move its widgets",
     "notebooks": "make the notebooks from notebooks/source, all or the ones named",
+    "address": "write the repository's address, and links to Binder, Colab, Kaggle, into every file (or: none)",
     "lint": "check style, types and spelling",
     "benchmarks": "measure gradaccum beside other libraries (installs those)",
     "environment": "write environment.yml from pyproject.toml",
@@ -193,9 +194,9 @@ def become(arguments: list[str], **variables: str) -> int:
 
 
 def lab_options(root: Path) -> list[str]:
-    """Return how JupyterLab is started: on the first lesson under `root`, reachable from this machine alone."""
+    """Return how JupyterLab is started: with `root` as its root, reachable from this machine alone."""
     options = ["--ServerApp.ip=127.0.0.1", f"--ServerApp.root_dir={root}", "--ServerApp.answer_yes=True"]
-    return [*options, "--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb", "--allow-root"]  # in a container
+    return [*options, "--allow-root"]  # in a container; which page opens first stands in binder/jupyter, for Binder too
 
 
 def lab(port: int | None, browser: bool, cuda: bool) -> int:
@@ -262,12 +263,14 @@ def main(arguments: list[str]) -> int:
     if command is None:
         parser.print_help()
         return 0
-    if rest and command not in ("test", "test-all", "test-browser", "notebooks", "benchmarks", "constraints"):
+    if rest and command in ("lab", "lint", "environment", "clean"):
         parser.error(f"`{command}` does not know {' '.join(rest)}")
+    if command == "address" and len(rest) != 1:
+        parser.error("`address` takes one address, https://github.com/OWNER/NAME, or `none`")
     os.chdir(ROOT)
     if command == "lab":
         return lab(options.port, not options.no_browser, options.cuda)
-    if command in ("test", "test-all", "test-browser", "notebooks", "lint", "benchmarks"):
+    if command in ("test", "test-all", "test-browser", "notebooks", "address", "lint", "benchmarks"):
         set_up("dev,peers" if command == "benchmarks" else "dev", options.cuda)
     if command in ("test", "test-all", "test-browser"):
         # The slow tests measure time: alone. The order of the files is conftest's: the longest first.
@@ -275,6 +278,8 @@ def main(arguments: list[str]) -> int:
         chosen = {"test": quick, "test-all": ["-m", "not browser"], "test-browser": ["-m", "browser"]}[command]
         pytest = ["-m", "pytest", *chosen, "--durations=20", *rest]
         return become(pytest, OMP_NUM_THREADS="1")  # two workers share the cores, unless the user says otherwise
+    if command == "address":
+        return become(["notebooks/source/build.py", f"--address={rest[0]}"])
     scripts = {"notebooks": "notebooks/source/build.py", "benchmarks": "benchmarks/run.py"}
     if command in scripts:
         return become([scripts[command], *rest])

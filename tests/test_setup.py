@@ -205,6 +205,12 @@ def test_each_command_sets_up_what_it_needs_and_hands_over_the_rest(make, monkey
         assert make.main(["lab", *wish]) == 7
     assert noted[10::2] == [("lessons", False)] * 3
     assert ["--no-browser" in program for program in noted[11::2]] == [True, True, False]
+    assert make.main(["address", "none"]) == 7
+    assert noted[16:] == [("dev", False), "notebooks/source/build.py --address=none"]
+    for wrong in ([], ["two", "words"]):  # refused before anything is installed
+        with pytest.raises(SystemExit, match="2"):
+            make.main(["address", *wrong])
+    assert len(noted) == 18
     assert make.main([]) == 0
     told = capsys.readouterr().out
     assert all(f"  {name} " in told for name in make.COMMANDS)
@@ -214,9 +220,11 @@ def test_each_command_sets_up_what_it_needs_and_hands_over_the_rest(make, monkey
 def test_the_makefile_names_every_command_in_one_line(make):
     env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     for command in make.COMMANDS:
-        arguments = ["--no-print-directory", "-n", command, "PORT=9999", "PYTHON=python3.12", "ARGS=-x"]
-        port = "--port 9999 " if command == "lab" else ""
-        assert shown("make", *arguments, cwd=ROOT, env=env).stdout == f"python3.12 make.py {command} {port}-x\n"
+        arguments = ["--no-print-directory", "-n", command, "PORT=9999", "URL=none", "PYTHON=python3.12", "ARGS=-x"]
+        own = {"lab": "--port 9999 ", "address": '"$URL" '}.get(command, "")  # as it is: the shell must not read it
+        assert shown("make", *arguments, cwd=ROOT, env=env).stdout == f"python3.12 make.py {command} {own}-x\n"
+    command = ["make", "--no-print-directory", "address", "PYTHON=printf %s/", 'URL=it\'s "$$(echo odd)"']
+    assert shown(*command, cwd=ROOT, env=env).stdout == 'make.py/address/it\'s "$(echo odd)"/'
 
 
 def test_the_made_files_say_what_pyproject_says_and_name_no_place(make):
@@ -230,24 +238,6 @@ def test_the_made_files_say_what_pyproject_says_and_name_no_place(make):
         name = re.match(r"[\w-]+", requirement)[0]
         assert len(re.findall(rf"(?m)^{name}==\d", constraints)) == 1 or name == "gradaccum"
     assert not re.search(r"/|@|--|nvidia-|cuda-", constraints)
-
-
-@posix
-def test_binder_installs_the_package_refuses_a_cuda_build_and_starts_with_one_thread(tmp_path):
-    (tmp_path / "pip").write_text("#!/bin/sh\necho pip $*\n")
-    (tmp_path / "pip").chmod(0o755)
-    (tmp_path / "python").symlink_to(sys.executable)
-    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
-    for cuda, told in ((None, ""), ("13.0", "torch 9 is a CUDA build")):
-        (tmp_path / "torch.py").write_text(f"__version__ = '9'\nclass version: cuda = {cuda!r}\n")
-        built = shown(ROOT / "binder" / "postBuild", cwd=ROOT, env=env)
-        assert built.stdout == "pip install --no-cache-dir --no-deps -e .\n"
-        assert (built.returncode == 0) is (cuda is None)
-        assert told in built.stderr
-    program = "import os; print(os.environ['OMP_NUM_THREADS'], os.environ['JUPYTER_CONFIG_PATH'])"
-    started = shown(ROOT / "binder" / "start", sys.executable, "-c", program, cwd=tmp_path)
-    assert started.stdout.split(":")[0].strip() == f"1 {ROOT / 'binder' / 'jupyter'}"
-    assert '"fetchNews": "false"' in (ROOT / "binder/jupyter/labconfig/default_setting_overrides.json").read_text()
 
 
 @contextmanager

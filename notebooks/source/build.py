@@ -4,6 +4,7 @@
     python notebooks/source/build.py 01_naive_loop              # one lesson
     python notebooks/source/build.py exercises/03_normalize     # one exercise notebook
     python notebooks/source/build.py --check                    # compare with the sources, run nothing
+    python notebooks/source/build.py --address ADDRESS          # set the repository's, or `none` (launch.py)
 
 A lesson is run in a fresh kernel and keeps what it shows. From an exercise the answers are taken out (release.py).
 
@@ -23,6 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import jupytext
+import launch
 import nbformat
 import release
 from jupyter_client.manager import AsyncKernelManager
@@ -88,7 +90,7 @@ def read_source(path: Path) -> NotebookNode:
             raise SourceError(
                 f"{here} is named {name!r}: use 1 to 64 of a-z, 0-9 and the hyphen."
             )
-        if any(name == other.id for other in notebook.cells):
+        if name in [*launch.NAMES, *(other.id for other in notebook.cells)]:
             raise SourceError(
                 f"{here} is named {name!r}, and so is another cell: each name stands once in a notebook."
             )
@@ -105,6 +107,7 @@ def read_source(path: Path) -> NotebookNode:
         notebook.cells.append(
             nbformat.from_dict({**cell, "id": name, "metadata": metadata})
         )
+    notebook.cells[1:1] = launch.cells(f"notebooks/{name_of(path)}.ipynb")
     nbformat.validate(notebook)
     return notebook
 
@@ -201,24 +204,31 @@ def differences(path: Path) -> list[str]:
     return [f"{made.name}: {problem}" for problem in problems]
 
 
-def write(notebook: NotebookNode, path: Path) -> int:
-    """Write the notebook whole or not at all, in nbformat's own layout; return its bytes."""
+def laid_out(notebook: NotebookNode) -> bytes:
+    """Return the notebook as a file, in nbformat's own layout."""
     nbformat.validate(notebook)
-    data = (nbformat.writes(notebook) + "\n").encode()
-    draft = path.with_suffix(".ipynb.part")
-    draft.write_bytes(data)
-    draft.replace(path)
-    return len(data)
+    return (nbformat.writes(notebook) + "\n").encode()
+
+
+def write(data: bytes, path: Path) -> None:
+    """Write a file whole or not at all."""
+    draft = path.with_name(f"{path.name}.part")
+    try:
+        draft.write_bytes(data)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def make(path: Path) -> list[str]:
     """Make one notebook and say so."""
     started = time.perf_counter()
     notebook = expected(path) if is_exercise(path) else build(path)
-    size = write(notebook, made_from(path))
+    data = laid_out(notebook)
+    write(data, made_from(path))
     seconds = time.perf_counter() - started
     print(
-        f"{name_of(path)}: {len(notebook.cells)} cells, {seconds:.1f} s, {size:,} bytes",
+        f"{name_of(path)}: {len(notebook.cells)} cells, {seconds:.1f} s, {len(data):,} bytes",
         flush=True,
     )
     return []
@@ -249,6 +259,72 @@ def keep_answers(act: Callable[[Path], list[str]]) -> list[str]:
     problem = f"{release.ANSWERS.name}: does not hold the answers of the sources"
     print(problem)
     return [problem]
+
+
+def greeting() -> list[NotebookNode]:
+    """Run the generated code cell, the same in every notebook, and return what it shows."""
+    notebook = nbformat.v4.new_notebook(cells=launch.cells(""))
+    with kernel(notebook) as client:
+        run_cells(client, notebook.cells)
+    return [output for cell in notebook.cells for output in cell.get("outputs", [])]
+
+
+def with_outputs(path: Path, shown: list[NotebookNode]) -> NotebookNode:
+    """Read what a source makes, with the outputs that its notebook holds, and `shown` for the generated cell."""
+    notebook = expected(path)
+    if is_exercise(path):
+        return notebook
+    outputs = {launch.NAMES[1]: shown}
+    for cell in nbformat.read(made_from(path), as_version=4).cells:
+        outputs.setdefault(cell.id, cell.get("outputs"))
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for count, cell in enumerate(code, start=1):
+        cell.execution_count, cell.outputs = count, outputs[cell.id]
+        for output in cell.outputs:
+            if output.output_type == "execute_result":
+                output.execution_count = count
+    return notebook
+
+
+def set_address(given: str) -> int:
+    """Set the repository's address, or take it away: in every file or, if anything fails, in none."""
+    files: dict[Path, bytes] = {}
+    old = launch.ADDRESS
+    try:
+        new = launch.parsed(given)
+        if problems := [
+            one for path in sources().values() for one in differences(path)
+        ]:
+            raise SourceError(
+                f"{problems[0]}: make the notebooks first, then set the address."
+            )
+        launch.ADDRESS = new
+        texts = {launch.PROJECT: launch.project, launch.README: launch.readme}
+        for path, written in texts.items():
+            files[path] = written(path.read_text("utf-8")).encode()
+        shown = greeting() if new else []
+        for path in sources().values():
+            files[made_from(path)] = laid_out(with_outputs(path, shown))
+        write_all(files)
+    except (SourceError, launch.AddressError, OSError) as error:
+        launch.ADDRESS = old
+        print(f"Nothing was changed. {error}", file=sys.stderr)
+        return 1
+    print(f"The address is now {new or 'none'}: {len(files)} files say so.")
+    return 0
+
+
+def write_all(files: dict[Path, bytes]) -> None:
+    """Write all of these files, or put back what was there."""
+    before = {path: path.read_bytes() for path in files}
+    try:
+        for path, data in files.items():
+            write(data, path)
+    except BaseException:
+        for path, data in before.items():
+            if path.read_bytes() != data:
+                write(data, path)
+        raise
 
 
 def main(names: list[str], act: Callable[[Path], list[str]] = make) -> int:
@@ -286,5 +362,11 @@ if __name__ == "__main__":
         action="store_true",
         help="compare sources, ids and metadata; run nothing",
     )
+    parser.add_argument(
+        "--address",
+        help="set the repository's address, https://github.com/OWNER/NAME or none",
+    )
     arguments = parser.parse_args()
+    if arguments.address is not None:
+        sys.exit(set_address(arguments.address))
     sys.exit(main(arguments.names, check if arguments.check else make))
