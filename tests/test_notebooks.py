@@ -206,6 +206,7 @@ def test_recap_is_last(lesson):
     assert heading
     assert body.startswith("Recap\n"), "the last section is `## Recap`"
     assert len(re.findall(r"^- ", body.partition("<details")[0], re.M)) == 3, "three bullets"
+    assert calls(lesson.code[-1])["recap"] == 1, "the last code cell says how the guesses did"
 
 
 # ------------------------------------------------------------------------------ slow: the same, however it is run

@@ -223,11 +223,13 @@ def test_the_readme_s_loop_trains():
     characters = data.Characters(data.character_names())
     loader = [characters.batch(lines) for lines in (["OX"], ["SUN", "CAT"], ["FOG"], ["RAM"], ["COW", "LEO"])]
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1)
+    updates = []
+    optimizer.register_step_post_hook(lambda *_: updates.append(1))
     before = model[0].weight.clone()
-    names = {"model": model, "loader": loader, "optimizer": optimizer, "scheduler": scheduler}
+    names = {"model": model, "loader": loader, "optimizer": optimizer}
     exec(loop, names)
-    assert scheduler.last_epoch == 2  # 5 micro-batches in windows of 4
+    assert len([line for line in loop.splitlines() if line]) <= 10  # to paste, not to study
+    assert len(updates) == 2  # 5 micro-batches in windows of 4
     assert names["result"].count == 8  # COW, LEO and their ends
     assert not torch.equal(before, model[0].weight)
 
