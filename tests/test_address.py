@@ -231,14 +231,12 @@ shutil.copytree(os.environ["GIVES"], "site/gradaccum")
 """
 
 
-def ran(code, folder, **environment):
-    """Run a cell's code in a fresh Python, in a folder of its own, with a `site` to import from and install into."""
+def ran(code, folder, python=sys.executable, **environment):
+    """Run a cell's code in a fresh process, in a folder of its own, with a `site` to import from and install into."""
     paths = os.pathsep.join(["site", environment.pop("PYTHONPATH", "")])
     own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     env = own | {"PYTHONPATH": paths} | environment
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True, timeout=300
-    )
+    return subprocess.run([python, "-c", code], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +273,14 @@ def test_the_cell_installs_the_module_only_where_it_is_missing(tmp_path, monkeyp
 
 @pytest.mark.slow
 def test_pip_installs_the_module_and_nothing_else_from_the_address(tmp_path, monkeypatch):
-    repository, site = tmp_path / "repository", tmp_path / "site"
+    platform, repository = tmp_path / "platform", tmp_path / "repository"
+    subprocess.run([sys.executable, "-m", "venv", platform], check=True)
+    (site,) = platform.glob("[Ll]ib/**/site-packages")
+    packages = [
+        path for path in sys.path if "-packages" in path
+    ]  # the platform has torch; the module is not among them
+    (site / "packages.pth").write_text("\n".join(packages), "utf-8")
+    before = set(site.iterdir())
     for path in project_files():
         if path.parts[0] in ("gradaccum", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"):
             (repository / path).parent.mkdir(parents=True, exist_ok=True)
@@ -283,18 +288,13 @@ def test_pip_installs_the_module_and_nothing_else_from_the_address(tmp_path, mon
     me = ["-c", "user.name=me", "-c", "user.email=me@example.org"]
     for command in (["init", "-q"], ["add", "."], [*me, "commit", "-qm", "all"]):
         subprocess.run(["git", "-C", str(repository), *command], check=True)
-    # git fetches the address from that folder instead, and pip installs where a platform's own packages would lie.
+    # git fetches the address from that folder instead.
     stand_in = {"GIT_CONFIG_KEY_0": f"url.{repository.as_uri()}.insteadOf", "GIT_CONFIG_VALUE_0": ADDRESS}
-    done = ran(
-        WITHOUT_IT + installing(monkeypatch) + "\nprint(gradaccum.__file__)",
-        tmp_path,
-        **stand_in,
-        GIT_CONFIG_COUNT="1",
-        PIP_TARGET=str(site),
-    )
+    code = installing(monkeypatch) + "\nprint(gradaccum.__file__)"
+    done = ran(code, tmp_path, next(platform.glob("[bS]*/python*")), **stand_in, GIT_CONFIG_COUNT="1")
     assert re.fullmatch(rf"Installing gradaccum \.\.\.\n{LINE}.*\n", done.stdout), done
-    assert Path(tmp_path, done.stdout.splitlines()[-1]).samefile(site / "gradaccum" / "__init__.py")
-    assert {path.name.partition("-")[0] for path in site.iterdir()} == {"gradaccum"}
+    assert Path(done.stdout.splitlines()[-1]).samefile(site / "gradaccum" / "__init__.py")
+    assert {path.name.partition("-")[0] for path in set(site.iterdir()) - before} == {"gradaccum"}
 
 
 @pytest.mark.slow
