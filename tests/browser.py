@@ -179,11 +179,12 @@ class Notebook:
             const [first, last] = [nb.widgets[0], nb.widgets.at(-1)].map(each => each.node.getBoundingClientRect());
             return Math.ceil(last.bottom - first.top);
         }""")
-        self.resize(width, min(height + 200, 16_000))  # Chromium draws no more
-        self.page.evaluate("() => document.querySelector('.jp-WindowedPanel-outer').scrollTop = 0")
-        self.page.wait_for_timeout(300)
+        self.resize(width, min(height + 200, 16_000))  # Chromium draws no more: the rest is a second picture
         file.parent.mkdir(parents=True, exist_ok=True)
-        self.page.screenshot(path=file)
+        for part, top in (("", 0), ("_end", height))[: 1 + (height + 200 > 16_000)]:
+            self.page.evaluate("top => document.querySelector('.jp-WindowedPanel-outer').scrollTop = top", top)
+            self.page.wait_for_timeout(300)
+            self.page.screenshot(path=file.with_stem(file.stem + part))
 
     def close(self):
         self.page.evaluate("() => context.sessionContext.shutdown()")
