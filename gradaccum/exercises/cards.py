@@ -51,7 +51,7 @@ def _headline(outcome: Outcome) -> str:
 
 def _worth(result: Result) -> str:
     if result.points == 0:
-        return "held in the given code"
+        return "no points, but it held in the given code"
     return f"{result.points} point{'' if result.points == 1 else 's'}"
 
 
@@ -94,7 +94,8 @@ def _card(outcome: Outcome) -> str:
     rows = []
     for result in outcome.results:
         details = "".join(f"<div style='margin:2px 0'>{text(line)}</div>" for line in _details(result))
-        body = f"{text(result.name[:1].upper() + result.name[1:])} <i>({_worth(result)})</i>{details}"
+        worth = f"<i style='white-space:nowrap'>({_worth(result)})</i>"
+        body = f"{text(result.name[:1].upper() + result.name[1:])} {worth}{details}"
         rows.append(f"<li style='list-style:none;margin:6px 0'>{_badge(*_verdict(result))} {body}</li>")
     parts = [f"<b>{text(_headline(outcome))}</b>"]
     if outcome.note:

@@ -109,7 +109,7 @@ model = nn.Linear(3, 3)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 micro_batches = [(torch.randn(4, 3), torch.randint(3, (4,))) for _ in range(4)]
 attempt(train, model, optimizer, micro_batches, accumulation_steps=2)
-print(model.bias.detach(), "expected: 0.0228, -0.0211, -0.1369")
+print("expected: 0.0228, -0.0211, -0.1369; got:", model.bias.detach())
 
 # %% check-2-2
 check("2.2", train)
@@ -171,9 +171,9 @@ model = nn.Linear(3, 3)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 micro_batches = [(torch.randn(4, 3), torch.randint(3, (4,))) for _ in range(3)]
 attempt(delayed_step, model, optimizer, micro_batches)
-print(model.bias.detach(), "expected: 0.0314, -0.0652, -0.1013")
+print("expected: 0.0314, -0.0652, -0.1013; got:", model.bias.detach())
 attempt(delayed_step, model, optimizer, micro_batches)
-print(model.bias.detach(), "expected: -0.0739, 0.0301, -0.0915")
+print("expected: -0.0739, 0.0301, -0.0915; got:", model.bias.detach())
 
 # %% check-2-3
 check("2.3", delayed_step)

@@ -121,7 +121,7 @@ model = nn.Linear(3, 3)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
 micro_batches = [(torch.randn(2, 3), torch.randint(3, (2,))) for _ in range(3)]
 attempt(train_epoch, model, optimizer, micro_batches, 2)
-print(model.bias.detach(), "expected: -0.1845, -0.1173, 0.1666")
+print("expected: -0.1845, -0.1173, 0.1666; got:", model.bias.detach())
 
 # %% check-4-2
 check("4.2", train_epoch)
