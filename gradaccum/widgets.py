@@ -79,7 +79,12 @@ class Prediction:
         # A button for each choice: JupyterLab keeps the arrow keys and letters from a list, not Tab and Space.
         names, layout = self.choices or ["Commit"], ipywidgets.Layout(width="auto")
         self.buttons: list[Any] = [ipywidgets.Button(description=name, layout=layout) for name in names]
-        self.text: Any = None if choices else ipywidgets.Text(placeholder="a number", description="Your guess")
+        self.text: Any = None
+        if not choices:
+            # Sent when it is whole, by Enter or on leaving: key by key, what is typed fast would come late and cut off.
+            named = {"placeholder": "a number", "description": "Your guess"}
+            self.text = ipywidgets.Text(continuous_update=False, **named)
+            self.text.observe(self._typed, names="value")
         self.status: Any = ipywidgets.HTML("")
         self.status.add_class("gradaccum-says")
         for button in self.buttons:
@@ -143,6 +148,11 @@ class Prediction:
         guess = _number(self.guess or "")
         return (False, "not read as one number") if guess is None else _how_far(guess, float(self._right))
 
+    def _typed(self, _: object) -> None:
+        self.commit(self.text.value)
+        if self.guess is not None:
+            self.text.value = self.guess  # it stands, whatever is typed after it
+
     def _clicked(self, button: Any) -> None:
         self.commit(self.text.value if self.text else button.description)
         if self.guess is not None:
@@ -152,7 +162,8 @@ class Prediction:
 
     def _answer_html(self) -> str:
         if self.guess is None:
-            summary = "Answer: commit a guess above, or open this"
+            question = html.escape(self.question.rsplit(". ")[-1])
+            summary = f"Answer: {question} (commit a guess above, or open this)"
             return f"<details><summary>{summary}</summary><p>Measured: {self._answer}</p></details>"
         return f"<p>You said <b>{html.escape(self.guess)}</b>. Measured: {self._answer}</p>"
 
@@ -199,7 +210,7 @@ def recap() -> None:
 
 
 def _row(cells: Sequence[str], kind: str) -> str:
-    style = "style='text-align:left;vertical-align:top'"
+    style = f"style='text-align:left;vertical-align:top{';white-space:nowrap' if kind != 'td' else ''}'"
     return f"<tr>{''.join(f'<{kind} {style}>{html.escape(cell)}</{kind[:2]}>' for cell in cells)}</tr>"
 
 
@@ -319,7 +330,7 @@ def _control(name: str, values: Sequence[Any], start: Any) -> Any:
     return ipywidgets.SelectionSlider(
         options=[(str(value), value) for value in values],
         value=start,
-        description=name.replace("_", " "),
+        description=name.replace("micro_batch", "micro-batch").replace("_", " "),
         style={"description_width": "150px"},
         layout=ipywidgets.Layout(width="auto", max_width="520px"),
     )

@@ -193,7 +193,7 @@ def test_every_view_shows_what_its_function_says_however_it_is_moved(notebook):
             case _:
                 continue
         page, start = notebook.page, view.agrees()
-        names = [keyword.arg.replace("_", " ") for keyword in node.keywords]
+        names = [keyword.arg.replace("micro_batch", "micro-batch").replace("_", " ") for keyword in node.keywords]
         assert [slider.get_attribute("aria-label") for slider in view.sliders.all()] == names
         for slider in view.sliders.all():
             first, last, at = (float(slider.get_attribute(f"aria-value{name}")) for name in ("min", "max", "now"))

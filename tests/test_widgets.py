@@ -76,6 +76,22 @@ def test_a_committed_guess_stands_and_opens_the_answer(screen):
     assert widgets.predict("How?", choices=["half", "double", "thrice"]) is not prediction
 
 
+def test_what_is_typed_is_taken_whole_and_without_the_button(screen):
+    prediction = widgets.predict("How many?")
+    assert not prediction.text.continuous_update  # key by key, the end would come after the button's click
+    prediction.text.value = " 12 "  # as Enter and Tab send it
+    assert (prediction.guess, prediction.text.value) == ("12", "12")
+    prediction.text.value = "13"
+    prediction.buttons[0].click()
+    assert (prediction.guess, prediction.text.value) == ("12", "12")
+    assert prediction.text.disabled
+
+
+def test_a_closed_answer_names_its_question(screen):
+    widgets.predict("A step holds 3 MB. How many <MB> for two?").reveal(5.0, "MB")
+    assert "<summary>Answer: How many &lt;MB&gt; for two? (" in screen.text
+
+
 def test_a_question_without_a_guess_is_asked_anew(screen):
     first = widgets.predict("How many?")
     assert widgets.predict("How many?") is not first

@@ -96,9 +96,10 @@ assert right < 1e-5
 #
 # Run a cell with Shift + Enter and go down the page.
 # Before the important numbers you are asked for a guess.
-# Type it, press Tab, then Enter; where there are choices, Tab to yours and press Enter.
+# Type it and press Enter; where there are choices, Tab to yours and press Enter.
 # Then run the next cell: the number opens beside your guess.
 # If you would rather read, click on *Answer*.
+# The pages come with what their cells printed; to guess in earnest, choose *Edit*, *Clear Outputs of All Cells* before you begin.
 # A wrong guess that you remember teaches more than a right number that you read.
 #
 # Try it on the four sentences:

@@ -297,6 +297,7 @@ figure
 # The weights know nothing of the length.
 #
 # </details>
+# <br>
 #
 # **Exercises**, which grade themselves: [write one training step, find what an epoch's loss holds on to, and say how quiet another batch will be](exercises/01_naive_loop.ipynb).
 #

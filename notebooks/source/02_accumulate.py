@@ -263,6 +263,7 @@ figure
 # That makes 2.06 + 4.02 / 4, about 3.1 MB.
 #
 # </details>
+# <br>
 #
 # **Exercises**, which grade themselves: [say what `.grad` holds, find the gradients that got lost, and write the delayed step](exercises/02_accumulate.ipynb).
 #

@@ -297,6 +297,7 @@ figure
 # With `"mean"` and equal sizes it is k; popular posts have it the wrong way round.
 #
 # </details>
+# <br>
 #
 # **Exercises**, which grade themselves: [write one normalized window, say what a sum needs, and write the test that notices](exercises/03_normalize.ipynb).
 #

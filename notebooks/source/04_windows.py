@@ -403,6 +403,7 @@ assert moved["4 steps on 8 names"] > 2 * moved["1 step on the window of 32"]
 # `[[0, 1, 2, 3], [4, 5, 6]]`, and a `TypeError` that repeats the 4.0 and asks for an int.
 #
 # </details>
+# <br>
 #
 # **Exercises**, which grade themselves: [group a stream, write an epoch, and repair the parity, the leak and the logged loss](exercises/04_windows.ipynb).
 #

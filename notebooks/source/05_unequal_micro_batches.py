@@ -434,12 +434,13 @@ def compare(first=1, second=64, third=1, fourth=64):
     """The figure and the sentence for four target counts."""
     lengths = (first, second, third, fourth)
     percents = {rule: 100 * error for rule, error in errors_of(lengths).items()}
-    figure, (axis,) = plots.panels([f"targets: {lengths}"])
+    listed = ", ".join(map(str, lengths))
+    figure, (axis,) = plots.panels([f"targets: {listed}"])
     figure.set_size_inches(8, 2)
     values = list(percents.values())
     plots.bars(axis, list(percents), values, text="{:.0f} %", xlabel="error, percent")
     axis.set_xlim(0, max(10, 1.25 * max(values)))
-    return figure, f"With {lengths} targets, dividing by k is {values[0]:.0f} % off."
+    return figure, f"With {listed} targets, dividing by k is {values[0]:.0f} % off."
 
 
 # %% explore-widget tags=["nbval-ignore-output", "widget"]
@@ -469,6 +470,7 @@ figure
 # It is the second rule of the figure above.
 #
 # </details>
+# <br>
 #
 # **Exercises**, which grade themselves: [weigh means, write the token-weighted step, mend a fix that lost the point, and write the test](exercises/05_unequal_micro_batches.ipynb).
 #

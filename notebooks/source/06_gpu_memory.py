@@ -574,7 +574,7 @@ print(f"GPT-2 small, 12 layers, 4 rows: {sum(whole.values()):,} bytes")
 print(f"the same from the line: {sum(worst('GPT-2 small', 4, 4).values()):,} bytes")
 assert whole == worst("GPT-2 small", 4, 4)
 budgets = (8, 16, 24, 80)
-head = ["", "weights, millions", "GB for one row"] + [f"{n} GB" for n in budgets]
+head = ["model", "weights, millions", "GB for one row"] + [f"{n} GB" for n in budgets]
 table = [head, ["---"] * len(head)]
 for shape in widgets.progress(SHAPES, "no layer and one"):
     least = worst(shape, 1, 512)
@@ -599,7 +599,7 @@ def what_is_held(
     accumulation_steps=8,
     optimizer="AdamW",
     precision="float32",
-    gpu_GB=16,
+    GPU_GB=16,
 ):
     """The figure and the sentence for one setting."""
     adamw, autocast = optimizer == "AdamW", precision != "float32"
@@ -609,12 +609,12 @@ def what_is_held(
     peak = max(total, key=total.get)
     figure, (axis,) = plots.panels([f"{model}, {optimizer}, {precision}"])
     figure.set_size_inches(8, 2.8)
-    plots.stacked_roles(axis, both, unit="GB", limit_bytes=gpu_GB * 10**9)
+    plots.stacked_roles(axis, both, unit="GB", limit_bytes=GPU_GB * 10**9)
     axis.set_xlabel("bytes held, GB")
     setting = f"{model}, micro-batch {micro_batch}, k = {accumulation_steps}"
     amount = f"{total[peak] / 1e9:.2f} GB at {peak}"
-    fits = "fits in" if total[peak] <= gpu_GB * 10**9 else "too much for"
-    sentence = f"{setting}, {optimizer}, {precision}: {amount}, {fits} {gpu_GB} GB"
+    fits = "fits in" if total[peak] <= GPU_GB * 10**9 else "too much for"
+    sentence = f"{setting}, {optimizer}, {precision}: {amount}, {fits} {GPU_GB} GB"
     return figure, sentence
 
 
@@ -628,7 +628,7 @@ widgets.explore(
     accumulation_steps=[1, 2, 4, 8, 16],
     optimizer=["AdamW", "SGD"],
     precision=["float32", "bf16 autocast"],
-    gpu_GB=[8, 16, 24],
+    GPU_GB=[8, 16, 24],
 )
 
 # %% explore-run
@@ -658,6 +658,7 @@ figure
 # Not even single rows fit, and the plan says so, with the role to blame.
 #
 # </details>
+# <br>
 #
 # **Exercises**: [a peak, a plan, and what a loop keeps](exercises/06_gpu_memory.ipynb).
 #
