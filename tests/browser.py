@@ -181,7 +181,7 @@ class Notebook:
         }""")
         self.resize(width, min(height + 200, 16_000))  # Chromium draws no more: the rest is a second picture
         file.parent.mkdir(parents=True, exist_ok=True)
-        for part, top in (("", 0), ("_end", height))[: 1 + (height + 200 > 16_000)]:
+        for part, top in (("", 0), ("_end", height - 15_000))[: 1 + (height + 200 > 16_000)]:
             self.page.evaluate("top => document.querySelector('.jp-WindowedPanel-outer').scrollTop = top", top)
             self.page.wait_for_timeout(300)
             self.page.screenshot(path=file.with_stem(file.stem + part))
