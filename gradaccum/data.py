@@ -1,4 +1,4 @@
-"""The data of the lessons: random tokens, and real text of very unequal lengths, with no download and no data file.
+"""The data of the lessons: random tokens, real text of very unequal lengths, a record of libraries; no download.
 
 The text is the names of Unicode characters. Unicode promises that a name, once given, never changes
 (its Name Stability policy), so every Python and every year has the same 4,765 lines.
@@ -6,9 +6,11 @@ The text is the names of Unicode characters. Unicode promises that a name, once 
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -184,6 +186,20 @@ def shuffled(lines: Sequence[str], seed: int) -> list[str]:
     """
     order = torch.randperm(len(lines), generator=torch.Generator().manual_seed(seed))
     return [lines[index] for index in order.tolist()]
+
+
+def library_record() -> dict[str, Any]:
+    """Return what other libraries did at the edges of a window, as `benchmarks/run.py edges` measured and wrote it.
+
+    Returns:
+        "provenance": date, versions, machine and command; "rows": one dict for each way to use a library.
+
+    Example:
+        >>> library_record()["provenance"]["command"]
+        'python benchmarks/run.py edges'
+    """
+    found: dict[str, Any] = json.loads(Path(__file__).with_name("edges.json").read_text("utf-8"))
+    return found
 
 
 def random_tokens(

@@ -58,8 +58,7 @@ class Lab:
         make = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(make)
         hidden = shutil.ignore_patterns(".*", "source")
-        for name in ("notebooks", "benchmarks"):  # the lessons read a result or two
-            shutil.copytree(ROOT / name, folder / "root" / name, ignore=hidden)
+        shutil.copytree(ROOT / "notebooks", folder / "root" / "notebooks", ignore=hidden)
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.address = f"http://127.0.0.1:{free.getsockname()[1]}"
         options = [*make.lab_options(folder / "root"), "--no-browser", "--LabApp.expose_app_in_browser=True"]

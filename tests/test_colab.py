@@ -1,4 +1,4 @@
-"""The notebooks under ipywidgets 7.7.1 and IPython 7.34, which Colab has: every view is built, every cell runs."""
+"""The notebooks as Colab has them: alone in a folder, under ipywidgets 7.7.1 and IPython 7.34; every cell runs."""
 
 import json
 import os
@@ -28,8 +28,9 @@ def colab(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", build.sources())
-def test_every_view_is_built_and_every_cell_runs(colab, name):
+def test_every_view_is_built_and_every_cell_runs(colab, name, tmp_path, monkeypatch):
     notebook = build.expected(build.sources()[name])
+    monkeypatch.setattr(build, "NOTEBOOKS", tmp_path)  # where the kernel starts: there is nothing else
     asked = nbformat.v4.new_code_cell(ASK, id="versions")
     notebook.cells.insert(0, asked)
     path = os.pathsep.join(filter(None, [str(colab), os.environ.get("PYTHONPATH")]))

@@ -358,12 +358,9 @@ model.zero_grad()
 # The table is a record, with its date and versions, of one command; the guides that it follows are linked in [the benchmarks](../benchmarks/README.md).
 
 # %% libraries-table tags=["nbval-ignore-output"]
-import json
-
 from IPython.display import Markdown
 
-with open("../benchmarks/edges.json", encoding="utf-8") as file:
-    record = json.load(file)
+record = data.library_record()
 provenance = record["provenance"]
 rows = [
     "| library | how | 2 left over of k = 4 | unequal counts |",
