@@ -249,7 +249,16 @@ def lab(folder, log, seconds, end):
     env = os.environ | {"JUPYTER_TOKEN": "secret"}
     begin = time.perf_counter()
     with log.open("wb") as out:
-        process = psutil.Popen(command, cwd=log.parent, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+        process = psutil.Popen(
+            command,
+            cwd=log.parent,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            # Whoever runs the tests in the background ignores SIGINT, and so would this.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
 
     def ask(method, path):
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
