@@ -50,6 +50,12 @@ def start_chromium(playwright):
     return playwright.chromium.launch(executable_path=found, args=OPTIONS) if found else None
 
 
+def free_port():
+    """A port of this machine that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
 class Lab:
     """JupyterLab as `make lab` starts it, but from a copy of the notebooks and without the user's settings."""
 
@@ -59,10 +65,10 @@ class Lab:
         spec.loader.exec_module(make)
         hidden = shutil.ignore_patterns(".*", "source")
         shutil.copytree(ROOT / "notebooks", folder / "root" / "notebooks", ignore=hidden)
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.address = f"http://127.0.0.1:{free.getsockname()[1]}"
+        port = free_port()
+        self.address = f"http://127.0.0.1:{port}"
         options = [*make.lab_options(folder / "root"), "--no-browser", "--LabApp.expose_app_in_browser=True"]
-        options += [f"--ServerApp.port={self.address.rpartition(':')[2]}", "--ServerApp.port_retries=0"]
+        options += [f"--ServerApp.port={port}", "--ServerApp.port_retries=0"]
         env = make.child_environment() | {"JUPYTER_TOKEN": "secret", "OMP_NUM_THREADS": "1"}
         env |= {f"JUPYTER_{name}_DIR": str(folder / name) for name in ("CONFIG", "DATA", "RUNTIME")}
         env |= {"IPYTHONDIR": str(folder / "ipython")}

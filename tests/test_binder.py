@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tarfile
@@ -22,11 +21,12 @@ import build
 import nbformat
 import psutil
 import pytest
-from browser import start_chromium
+from browser import free_port, start_chromium
 from playwright.sync_api import sync_playwright
 from repo2docker.app import Repo2Docker
 from repo2docker.engine import ContainerEngine
 from test_exercise_notebooks import each_lesson, scores, solved
+from test_notebooks import peak_megabytes
 from test_project import project_files
 from websocket import create_connection
 
@@ -258,9 +258,7 @@ def image(tmp_path_factory):
 def launched(image, user, port=None):
     """Start JupyterLab through the image's entrypoint with the options that a BinderHub gives it."""
     context, scripts = image
-    if port is None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+    port = port or free_port()
     given = [f"base_url=/user/{user}/", "token=secret", "trust_xheaders=True", "allow_origin=*", "allow_origin_pat=.*"]
     options = [f"--{app}.{option}" for app in ("NotebookApp", "ServerApp") for option in given]
     command = [*entrypoint(context), "jupyter-lab", "--ip=127.0.0.1", f"--port={port}", *options]
@@ -385,8 +383,7 @@ def test_solved_exercises_run_on_one_core_in_900_mb(lesson):
         process = client.km.provisioner.pid
         os.sched_setaffinity(process, sorted(os.sched_getaffinity(0))[:1])
         build.run_cells(client, notebook.cells)
-        status = Path(f"/proc/{process}/status").read_text()
-    peak = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1000
+        peak = peak_megabytes(process)
     print(f"exercises {lesson} on one core: {time.perf_counter() - begin:.1f} s, {peak:.0f} MB")
     assert scores(notebook) == {question.id: question.points for question in exercises.questions(lesson)}
     assert peak <= 900

@@ -239,6 +239,12 @@ def test_every_section_runs_alone_after_the_set_up(lesson):
         assert_as_stored(section, fresh.cells, f"in the section that {section[0].id} opens, run alone")
 
 
+def peak_megabytes(process):
+    """The most memory that a process has held so far, as Linux tells it."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1000
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="pins the kernel and reads its memory as Linux tells it")
 @pytest.mark.parametrize(
@@ -265,8 +271,7 @@ def test_time_memory_and_the_same_outputs(lesson, cores, threads, seconds, proce
         os.sched_setaffinity(process, available[:cores])
         build.run_cells(client, fresh.cells)
         took, computed = time.perf_counter() - started, sum(psutil.Process(process).cpu_times()[:4])
-        status = Path(f"/proc/{process}/status").read_text()
-    peak = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1000
+        peak = peak_megabytes(process)
     how = f"{cores} core(s), {threads} thread(s) {processor or ''}"
     print(f"{lesson.stem} on {how}: {took:.1f} s, {computed:.1f} s computing, {peak:.0f} MB")
     assert_as_stored(lesson.code, fresh.cells, how)
