@@ -23,13 +23,18 @@ import socket
 import subprocess
 import sysconfig
 import tomllib
+from contextlib import suppress
 from pathlib import Path
+
+if sys.platform != "win32":
+    import fcntl
 
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 PATHS = {"base": str(VENV), "platbase": str(VENV)}
 SITE = Path(sysconfig.get_path("purelib", "venv", PATHS))
 PYTHON = Path(sysconfig.get_path("scripts", "venv", PATHS)) / ("python.exe" if os.name == "nt" else "python")
+MARK = VENV / "made_by_make.txt"  # there before anything else: what is in a folder without it is not ours to delete
 STAMP = VENV / "stamp.txt"  # written last, removed first: a set-up that was interrupted has none
 EXTRAS = ["lessons", "dev", "dev,peers"]  # what pyproject.toml calls them; each holds the ones before it
 COMMANDS = {
@@ -75,11 +80,6 @@ def pinned_torch() -> str:
     return found[1]
 
 
-def has_nvidia_gpu() -> bool:
-    """Tell whether this machine has an NVIDIA GPU and its driver."""
-    return "GPU 0" in subprocess.getoutput("nvidia-smi -L")
-
-
 def borrow_torch(version: str) -> None:
     """Tell pip that torch is there: naming no requirements, it fetches none; without a RECORD, it removes nothing."""
     entry = SITE / f"torch-{version}.dist-info"
@@ -91,7 +91,8 @@ def borrow_torch(version: str) -> None:
 def install_torch(cuda: bool) -> None:
     """Install torch alone and first, so that no later step can pick the CUDA build for a machine without a GPU."""
     version = pinned_torch()
-    cpu_only = sys.platform == "linux" and not (cuda or has_nvidia_gpu())  # elsewhere no build brings CUDA along
+    cuda = cuda or "GPU 0" in subprocess.getoutput("nvidia-smi -L")
+    cpu_only = sys.platform == "linux" and not cuda  # elsewhere no build brings CUDA along
     found = torch_on([str(SITE)])
     if found is None or found.version.split("+")[0] != version:
         print(f"Installing torch {version} ...", flush=True)
@@ -120,10 +121,12 @@ def fingerprint(extra: str, torch: tuple[str, str] | None) -> str:
 
 def set_up(extra: str, cuda: bool = False) -> None:
     """Make .venv ready for `extra`; install nothing if its stamp says that it is."""
+    refuse_foreign()
     torch = starting_torch(sys.path)
     stamp = STAMP.read_text("utf-8") if STAMP.exists() and PYTHON.exists() else ""
     if stamp in [fingerprint(each, torch) for each in EXTRAS[EXTRAS.index(extra) :]]:
         return
+    claim_venv()
     print(f"Setting up {VENV} for {extra}; this takes a minute or two, once.", flush=True)
     STAMP.unlink(missing_ok=True)
     # While pip works, it must not see what else lies beside the borrowed torch: it would take that for installed.
@@ -146,11 +149,46 @@ def set_up(extra: str, cuda: bool = False) -> None:
     STAMP.write_text(fingerprint(extra, torch), "utf-8")
 
 
+def refuse_foreign() -> None:
+    """Refuse a .venv that is not ours to change. An empty folder is: a set-up was stopped before its first file."""
+    found = Path(os.path.realpath(VENV))
+    if found != VENV:  # true of a link that leads nowhere too, and of Windows' junctions
+        kind = f"a link to {found}"
+    elif VENV.exists() and not VENV.is_dir():
+        kind = "not a folder"
+    elif VENV.exists() and any(VENV.iterdir()) and not (MARK.exists() or STAMP.exists()):
+        kind = "a folder without make.py's mark"
+    else:
+        return
+    sys.exit(f"{VENV} is {kind}, so it is left alone: move it away or delete it, then run the same command again.")
+
+
+def claim_venv() -> None:
+    """Mark .venv as ours, made if it is missing, before it is changed; refuse while JupyterLab runs from it."""
+    refuse_foreign()
+    if running := running_labs():
+        stop = f"JupyterLab runs from {VENV}: stop it first (process {', '.join(running)})"
+        sys.exit(f"{stop}, then run the same command again.")
+    VENV.mkdir(exist_ok=True)
+    MARK.touch()
+
+
+def empty_venv() -> None:
+    """Delete what is in .venv; the mark stays, so that the next command can go on where this one is stopped."""
+    STAMP.unlink(missing_ok=True)
+    for path in VENV.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path != MARK:
+            path.unlink()
+
+
 def make_venv() -> None:
     """Make .venv anew with the Python that runs this."""
     if Path(sys.prefix).resolve() == VENV:
         sys.exit(".venv is out of date and cannot remake itself: run `deactivate`, then the same once more.")
-    if subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], env=child_environment()).returncode:
+    empty_venv()  # not by venv's own --clear, which would delete the mark too
+    if subprocess.run([sys.executable, "-m", "venv", str(VENV)], env=child_environment()).returncode:
         sys.exit("Making .venv failed, as told above; on Debian and Ubuntu, install python3-venv first.")
 
 
@@ -193,6 +231,31 @@ def become(arguments: list[str], **variables: str) -> int:
             pass  # The console has sent it to the child too, which stops in its own way.
 
 
+def leave_id() -> None:
+    """Leave this process's id in .venv, locked for as long as the process lives, whatever it becomes."""
+    with suppress(OSError):  # a .venv that cannot be written, or a file system without locks: then nobody is told
+        file = os.open(VENV / f"lab.{os.getpid()}", os.O_CREAT | os.O_WRONLY, 0o644)
+        os.set_inheritable(file, True)
+        if sys.platform != "win32":  # there nobody can delete an open file, which is lock enough
+            fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def running_labs() -> list[str]:
+    """Return the process ids that hold their lock: unlike a bare id, it ends with its process and is not used again."""
+    running = []
+    for path in VENV.glob("lab.*"):
+        try:
+            with path.open("a") as file:
+                if sys.platform != "win32":
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+        except (BlockingIOError, PermissionError):
+            running.append(path.suffix[1:])
+        except OSError:
+            pass
+    return running
+
+
 def lab_options(root: Path) -> list[str]:
     """Return how JupyterLab is started: with `root` as its root, reachable from this machine alone."""
     options = ["--ServerApp.ip=127.0.0.1", f"--ServerApp.root_dir={root}", "--ServerApp.answer_yes=True"]
@@ -214,6 +277,7 @@ def lab(port: int | None, browser: bool, cuda: bool) -> int:
         options += ["--no-browser"]
     set_up("lessons", cuda)
     print(f"JupyterLab runs from {VENV}. Open the address it prints below; Ctrl-C stops it.", flush=True)
+    leave_id()
     return become(["-m", "jupyterlab", *options])
 
 
@@ -232,6 +296,7 @@ def environment_text() -> str:
 
 def constraints(pins: list[str]) -> None:
     """Write constraints.txt: the newest versions that fit together, on every system and Python."""
+    claim_venv()
     if not PYTHON.exists():
         make_venv()
     install(["uv"])
@@ -291,7 +356,9 @@ def main(arguments: list[str]) -> int:
     elif command == "constraints":
         constraints(rest)
     else:  # clean
-        shutil.rmtree(VENV, ignore_errors=True)
+        claim_venv()
+        empty_venv()
+        shutil.rmtree(VENV)  # the mark is the last to go
     return 0
 
 
@@ -301,3 +368,5 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("\nStopped.")
         sys.exit(130)
+    except OSError as error:  # a full disk, a folder that cannot be written, a file that another program has open
+        sys.exit(f"Stopped: {error}.")

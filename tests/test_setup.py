@@ -2,6 +2,7 @@
 
 import http.client
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -123,13 +124,16 @@ def steps(make, monkeypatch):
 
     def run(command, **options):
         noted.append(Path(command[-1]).name)
+        assert make.MARK.exists()
         assert not make.STAMP.exists()
+        if noted[-1] == ".venv":
+            assert list(make.VENV.iterdir()) == [make.MARK]
+            for folder in (make.SITE, make.PYTHON.parent):
+                folder.mkdir(parents=True)
+            make.PYTHON.touch()
         assert not (make.SITE / "gradaccum_torch.pth").exists()  # pip must not see the starting Python's packages
         return subprocess.CompletedProcess(command, returncode=int(noted[-1] == ".[dev,peers]"))
 
-    for folder in (make.SITE, make.PYTHON.parent):
-        folder.mkdir(parents=True)
-    make.PYTHON.touch()
     monkeypatch.setattr(make.subprocess, "run", run)
     monkeypatch.setattr(make, "starting_torch", lambda path: ("2.12.0", "/a folder/é"))
     return noted
@@ -146,6 +150,155 @@ def test_a_set_up_does_only_what_is_needed(make, steps, monkeypatch):
     monkeypatch.setattr(make, "starting_torch", lambda path: ("2.12.1", "/b"))
     make.set_up("lessons")
     assert steps[6:] == [".venv", ".[lessons]"]  # another torch means another .venv
+
+
+def everything(folder):
+    """What a folder holds, by name: the bytes of files, where links lead."""
+    return {
+        str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else path.is_file() and path.read_bytes()
+        for path in folder.rglob("*")
+    }
+
+
+FOREIGN = {
+    "a link to .*theirs": lambda venv, theirs: venv.symlink_to(theirs, target_is_directory=True),
+    "a link to .*theirs.mine.txt": lambda venv, theirs: venv.symlink_to(theirs / "mine.txt"),
+    "a link to .*nowhere": lambda venv, theirs: venv.symlink_to(theirs / "nowhere"),
+    "not a folder": lambda venv, theirs: venv.write_text("mine"),
+    "a folder without make.py's mark": lambda venv, theirs: theirs.rename(venv),
+}
+
+
+@posix
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_venv_that_is_not_ours_is_refused(make, steps, kind):
+    theirs = make.ROOT / "theirs"
+    if kind == "a link to .*theirs":
+        make.set_up("dev")  # a link is refused wherever it leads, and if there is nothing to do too
+        make.VENV.rename(theirs)
+    theirs.mkdir(exist_ok=True)
+    (theirs / "mine.txt").write_text("years of work")
+    FOREIGN[kind](make.VENV, theirs)
+    before = everything(make.ROOT)
+    steps.clear()
+    for command in ("lab", "test", "notebooks", "constraints", "clean"):
+        with pytest.raises(SystemExit, match=rf"^\S+\.venv is {kind}\b.*: move it away or delete it, then run .*\.$"):
+            make.main([command])
+    assert everything(make.ROOT) == before
+    assert steps == []
+
+
+def older_venv(make):
+    """A finished .venv without a mark, as make.py once left it, with a link in it that leads out."""
+    make.PYTHON.parent.mkdir(parents=True)
+    make.PYTHON.touch()
+    (make.VENV / "link").symlink_to(make.ROOT, target_is_directory=True)
+    make.STAMP.write_text("of another Python")
+
+
+def is_stopped(make, moment, act):
+    """Press Ctrl-C before the `moment`th line of make.py that `act` runs; tell whether it came that far."""
+    lines, tracing = itertools.count(1), sys.gettrace()
+
+    def trace(frame, event, argument):
+        if event == "line" and next(lines) == moment:
+            raise KeyboardInterrupt
+        return trace
+
+    def is_ours(code):  # and no comprehension, which is of many lines that change nothing
+        return code.co_filename == make.__file__ and code.co_name[0] != "<"
+
+    sys.settrace(lambda frame, *_: trace if is_ours(frame.f_code) else None)
+    try:
+        act()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(tracing)
+    return False
+
+
+def clean(make):
+    make.main(["clean"])
+
+
+def set_up(make):
+    make.set_up("lessons")
+
+
+@posix
+@pytest.mark.parametrize(
+    ("begin", "act"), [(clean, set_up), (older_venv, set_up), (older_venv, clean), (set_up, clean)]
+)
+def test_what_is_stopped_anywhere_is_mended(make, steps, monkeypatch, begin, act):
+    delete, listed = shutil.rmtree, Path.iterdir
+
+    def rmtree(path):
+        assert not make.STAMP.exists()  # what is half deleted does not look finished
+        delete(path)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    monkeypatch.setattr(Path, "iterdir", lambda path: sorted(listed(path)))  # the stamp comes last, not by chance
+    for moment in itertools.count(1):
+        clean(make)
+        begin(make)
+        if not is_stopped(make, moment, lambda: act(make)):
+            break
+        set_up(make)
+        assert make.STAMP.read_text("utf-8") == make.fingerprint("lessons", make.starting_torch([]))
+        assert make.PYTHON.exists()
+    assert make.VENV.exists() == (act is set_up)
+    assert moment > 40
+    assert (make.ROOT / "pyproject.toml").exists()  # the link in .venv was not followed
+
+
+@contextmanager
+def stand_in_lab(make):
+    """Run the command `lab` with a program for JupyterLab that starts one more, as a kernel; yield the process."""
+    (make.ROOT / "jupyterlab.py").write_text(
+        "import subprocess, sys, time\n"
+        "if len(sys.argv) > 1: print('up', subprocess.Popen([sys.executable, __file__]).pid, flush=True)\n"
+        "time.sleep(300)"
+    )
+    code = "import make, sys; make.starting_torch = lambda path: None; sys.exit(make.main(['lab', '--no-browser']))"
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
+    with subprocess.Popen([STARTER, "-B", "-c", code], cwd=make.ROOT, text=True, **pipes) as process:
+        kernel = None
+        try:
+            while not (said := process.stdout.readline()).startswith("up "):
+                assert said, "it ended"
+            kernel = psutil.Process(int(said.split()[1]))
+            yield process
+        finally:
+            process.kill()
+            if kernel:
+                assert kernel.is_running()  # it outlives a server that is killed, and must not count
+                kernel.kill()
+
+
+@posix
+def test_a_running_lab_is_to_be_stopped_first(make, monkeypatch):
+    monkeypatch.setattr(make, "starting_torch", lambda path: None)
+    make.claim_venv()
+    make.PYTHON.parent.mkdir(parents=True)
+    make.PYTHON.symlink_to(STARTER)
+    make.STAMP.write_text(make.fingerprint("lessons", None), "utf-8")
+    (make.VENV / f"lab.{os.getpid()}").touch()  # of a lab that was killed, and whose id runs again
+    with stand_in_lab(make) as one, stand_in_lab(make) as two:
+        before = everything(make.VENV)
+        make.set_up("lessons")  # there is nothing to do
+        for ids in ({one.pid, two.pid}, {two.pid}):  # before and after one is killed
+            for command in ("test", "constraints", "clean"):
+                with pytest.raises(SystemExit, match=r"stop it first \(process [\d, ]+\), then run") as told:
+                    make.main([command])
+                assert set(map(int, re.findall(r"\d+(?=[,)])", str(told.value)))) == ids
+            one.send_signal(signal.SIGKILL)
+            one.wait(10)
+        assert before.keys() - everything(make.VENV).keys() == {f"lab.{pid}" for pid in (os.getpid(), one.pid)}
+        two.terminate()
+        two.wait(10)
+        assert make.main(["clean"]) == 0
+    assert not make.VENV.exists()
 
 
 def test_a_borrowed_torch_is_on_the_path_and_pip_is_told_to_keep_it(make, steps):
