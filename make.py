@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import importlib.machinery
 import importlib.metadata
+import json
 import os
 import re
 import shutil
@@ -36,6 +37,8 @@ SITE = Path(sysconfig.get_path("purelib", "venv", PATHS))
 PYTHON = Path(sysconfig.get_path("scripts", "venv", PATHS)) / ("python.exe" if os.name == "nt" else "python")
 MARK = VENV / "made_by_make.txt"  # there before anything else: what is in a folder without it is not ours to delete
 STAMP = VENV / "stamp.txt"  # written last, removed first: a set-up that was interrupted has none
+NOTEBOOKS, WORK = ROOT / "notebooks", ROOT / "work"
+RECORD = WORK / ".copied.json"  # the digest that each copy's original had
 EXTRAS = ["lessons", "dev", "dev,peers"]  # what pyproject.toml calls them; each holds the ones before it
 COMMANDS = {
     "lab": "open the lessons in JupyterLab",
@@ -48,7 +51,8 @@ COMMANDS = {
     "benchmarks": "measure gradaccum beside other libraries (installs those)",
     "environment": "write environment.yml from pyproject.toml",
     "constraints": "write constraints.txt anew (torch keeps its version: constraints torch==2.13.0 sets it)",
-    "clean": "delete .venv; the next command makes it again",
+    "work": "copy the notebooks that work/ lacks, for a Python of your own (lab does it too)",
+    "clean": "delete .venv, and nothing in work/; the next command makes it again",
 }
 
 
@@ -256,6 +260,43 @@ def running_labs() -> list[str]:
     return running
 
 
+def copy_notebooks() -> None:
+    """Copy the notebooks that work/ lacks. What is there stays: who has a copy of an older edition is told."""
+    try:
+        record = dict(json.loads(RECORD.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        record = {}  # none yet, or a broken one: then the copies count as today's
+    before, older = dict(record), []
+    for path in sorted([*NOTEBOOKS.glob("[0-9]*.ipynb"), *NOTEBOOKS.glob("exercises/[0-9]*.ipynb")]):
+        name, data = path.relative_to(NOTEBOOKS).as_posix(), path.read_bytes()
+        digest = hashlib.sha256(data).hexdigest()
+        if not os.path.lexists(WORK / name):
+            # JupyterLab would write its kernel's version, and call the notebook changed. All else stays to the byte.
+            version = rb'("pygments_lexer": "ipython3",\s+"version": ")[^"]*'
+            write_new(WORK / name, re.sub(version, rb"\g<1>" + sys.version.split()[0].encode(), data))
+            record[name] = digest
+        elif record.setdefault(name, digest) != digest:
+            older.append(name)
+    if record != before:
+        RECORD.write_text(json.dumps(record, indent=1), "utf-8")
+    if older:
+        advice = "yours in work/ stay; to get one, rename yours, then run the same command again"
+        print(f"There are newer editions of {', '.join(older)}: {advice}.", flush=True)
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """Write a file that is not there, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):  # somebody was quicker: theirs stays
+        file = path.open("xb")
+        try:
+            with file:
+                file.write(data)
+        except BaseException:
+            path.unlink()
+            raise
+
+
 def lab_options(root: Path) -> list[str]:
     """Return how JupyterLab is started: with `root` as its root, reachable from this machine alone."""
     options = ["--ServerApp.ip=127.0.0.1", f"--ServerApp.root_dir={root}", "--ServerApp.answer_yes=True"]
@@ -276,6 +317,7 @@ def lab(port: int | None, browser: bool, cuda: bool) -> int:
     if not (browser and has_screen):
         options += ["--no-browser"]
     set_up("lessons", cuda)
+    copy_notebooks()
     print(f"JupyterLab runs from {VENV}. Open the address it prints below; Ctrl-C stops it.", flush=True)
     leave_id()
     return become(["-m", "jupyterlab", *options])
@@ -328,7 +370,7 @@ def main(arguments: list[str]) -> int:
     if command is None:
         parser.print_help()
         return 0
-    if rest and command in ("lab", "lint", "environment", "clean"):
+    if rest and command in ("lab", "lint", "environment", "work", "clean"):
         parser.error(f"`{command}` does not know {' '.join(rest)}")
     if command == "address" and len(rest) != 1:
         parser.error("`address` takes one address, https://github.com/OWNER/NAME, or `none`")
@@ -355,6 +397,8 @@ def main(arguments: list[str]) -> int:
         (ROOT / "environment.yml").write_text(environment_text(), "utf-8", newline="\n")
     elif command == "constraints":
         constraints(rest)
+    elif command == "work":
+        copy_notebooks()
     else:  # clean
         claim_venv()
         empty_venv()

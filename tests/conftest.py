@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
-TESTS = Path(__file__).parent
-sys.path[:0] = [str(NOTEBOOKS / "source"), str(TESTS), str(TESTS / "answers")]  # the builder, and what tests share
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+sys.path[:0] = [
+    str(ROOT / "notebooks" / "source"),
+    str(TESTS),
+    str(TESTS / "answers"),
+]  # the builder, and what tests share
 WAS_THERE = pytest.StashKey[dict[str, tuple[int, int]]]()
 
 # A slow machine is no failure. In CI the same examples run each time, so that red means a change and not luck.
@@ -30,8 +34,8 @@ with suppress(ImportError):
 
 def learner_files():
     """What lies where a learner works, with time and size; not the sources, and not Jupyter's own checkpoints."""
-    paths = [path for path in NOTEBOOKS.rglob("*") if path.is_file()]
-    names = {path.relative_to(NOTEBOOKS): path.stat() for path in paths}
+    paths = [path for name in ("notebooks", "work") for path in (ROOT / name).rglob("*") if path.is_file()]
+    names = {path.relative_to(ROOT): path.stat() for path in paths}
     ours = {name: stat for name, stat in names.items() if not {"source", ".ipynb_checkpoints"} & set(name.parts)}
     return {str(name): (stat.st_mtime_ns, stat.st_size) for name, stat in ours.items()}
 
@@ -53,7 +57,7 @@ def pytest_sessionstart(session):
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session):
-    """Running the lessons writes nothing into their folder: whatever is new or changed fails the run."""
+    """Running the lessons writes nothing into their folders: whatever is new or changed fails the run."""
     before = session.config.stash.get(WAS_THERE, None)
     after = learner_files()
     if before is not None and before != after:
@@ -67,5 +71,5 @@ def pytest_sessionfinish(session):
 
 def pytest_terminal_summary(terminalreporter, config):
     if changed := config.stash.get(WAS_THERE, {}):
-        terminalreporter.section("notebooks/ changed while the tests ran", red=True)
+        terminalreporter.section("notebooks/ or work/ changed while the tests ran", red=True)
         terminalreporter.line(", ".join(changed) + ": a test or a lesson wrote it, or somebody worked there meanwhile.")

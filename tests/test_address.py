@@ -19,7 +19,7 @@ from test_project import project_files, text_of
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "some-one/a.course_2"
 ADDRESS = f"https://github.com/{NAME}"
-HIDDEN = shutil.ignore_patterns(".*", "__pycache__")
+HIDDEN = shutil.ignore_patterns(".*", "__pycache__", "work")
 # Each of these leads a learner to the repository on the web, which is somewhere only if pyproject.toml says where.
 REMOTE = (
     r"mybinder\.org/v2/gh/\w|colab\.research\.google\.com/github/\w|kernels/welcome\?src=http|badge[\w-]*\.svg|shields\.io"
@@ -117,8 +117,9 @@ def test_an_address_is_written_everywhere_and_taken_away_without_a_trace(course,
 
     def wanted(path):
         assert (ROOT / path).exists()
+        copy = path.replace("notebooks/", "work/").replace("/", "%2F")
         return [
-            f"https://mybinder.org/v2/gh/{NAME}/HEAD?urlpath=lab%2Ftree%2F{path.replace('/', '%2F')}",
+            f"https://mybinder.org/v2/gh/{NAME}/HEAD?urlpath=lab%2Ftree%2F{copy}",
             f"https://colab.research.google.com/github/{NAME}/blob/main/{path}",
             f"https://kaggle.com/kernels/welcome?src={ADDRESS}/blob/main/{path}",
         ]
@@ -132,7 +133,7 @@ def test_an_address_is_written_everywhere_and_taken_away_without_a_trace(course,
         assert re.findall(r"\[(\w+)\]\((\S+)\)", text.source) == [
             *zip(["Binder", "Colab", "Kaggle"], wanted(place), strict=True)
         ]
-        assert unquote(wanted(place)[0]).endswith(f"?urlpath=lab/tree/{place}")
+        assert unquote(wanted(place)[0]).endswith(f"?urlpath=lab/tree/work/{build.name_of(path)}.ipynb")
         assert len(text.source.splitlines()) == 1
         assert f'"git+{ADDRESS}"' in code.source
         assert dict(code.metadata) == {"tags": ["nbval-ignore-output"]}

@@ -33,7 +33,7 @@ from websocket import create_connection
 from gradaccum import exercises
 
 ROOT = Path(__file__).resolve().parents[1]
-START = "lab/tree/notebooks/00_start_here.ipynb"
+START = "lab/tree/work/00_start_here.ipynb"
 MEMORY = 2 * 1024**3  # what a session on mybinder.org may use; it hears of it as MEM_LIMIT
 ADDRESS = "https://example.org/gradaccum"  # a stand-in too: Binder tells a session which repository it shows
 BASE_HAS = ("jupyter-offlinenotebook", "jupyter-resource-usage")  # of repo2docker's own, what learners here need
@@ -113,7 +113,7 @@ def test_repo2docker_finds_all_that_binder_needs(tmp_path):
     settings = context.src / "binder" / "jupyter"
     first = json.loads((settings / "jupyter_lab_config.json").read_text("utf-8"))["LabApp"]["default_url"]
     assert first == f"/{START}"
-    assert (context.src / first.removeprefix("/lab/tree/")).is_file()
+    assert (context.src / "notebooks" / first.removeprefix("/lab/tree/work/")).is_file()  # postBuild copies it
     assert '"fetchNews": "false"' in (settings / "labconfig" / "default_setting_overrides.json").read_text("utf-8")
 
 
@@ -160,17 +160,21 @@ def test_the_entrypoint_runs_start_and_start_sets_one_thread(tmp_path):
     assert done.stdout == f"1 {context.src / 'binder' / 'jupyter'}:/theirs\n"
 
 
-def test_postbuild_installs_the_package_and_refuses_a_cuda_build(tmp_path):
+def test_postbuild_installs_refuses_cuda_and_copies(tmp_path):
+    clone = tracked_copy(tmp_path / "clone")
     (tmp_path / "pip").write_text("#!/bin/sh\necho pip $*\n")
     (tmp_path / "pip").chmod(0o755)
     (tmp_path / "python").symlink_to(sys.executable)
     env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
-    for cuda, told in ((None, ""), ("13.0", "torch 9 is a CUDA build")):
+    for cuda, told in (("13.0", "torch 9 is a CUDA build"), (None, "")):
+        assert not (clone / "work").exists()
         (tmp_path / "torch.py").write_text(f"__version__ = '9'\nclass version: cuda = {cuda!r}\n")
-        built = subprocess.run([ROOT / "binder" / "postBuild"], cwd=ROOT, env=env, capture_output=True, text=True)
+        built = subprocess.run([clone / "binder" / "postBuild"], cwd=clone, env=env, capture_output=True, text=True)
         assert built.stdout == "pip install --no-cache-dir --no-deps -e .\n"
         assert (built.returncode == 0) is (cuda is None)
         assert told in built.stderr
+    notebooks = [folder.rglob("*.ipynb") for folder in (clone / "work", clone / "notebooks")]
+    assert len({*notebooks[0]}) == len({*notebooks[1]}) > 0
 
 
 # ---------------------------------------------------------------------------- a session, in a venv instead of the image
@@ -288,7 +292,7 @@ def test_a_session_is_as_a_learner_should_find_it(image):
     with launched(image, "gradaccum-abc") as server:
         first = server.ask("GET", "")
         assert (first.status, first.getheader("Location")) == (302, f"{server.base}{START}?")
-        assert server.ask("GET", "api/contents/notebooks/00_start_here.ipynb").status == 200
+        assert server.ask("GET", "api/contents/work/00_start_here.ipynb").status == 200
         news = json.load(server.ask("GET", "lab/api/settings/@jupyterlab/apputils-extension:notification"))
         defaults = {name: value["default"] for name, value in news["schema"]["properties"].items()}
         assert (defaults["fetchNews"], defaults["checkForUpdates"]) == ("false", False)
@@ -301,7 +305,7 @@ def test_a_session_is_as_a_learner_should_find_it(image):
         code = "import os, torch, gradaccum as ours\n"
         code += "print(os.environ['OMP_NUM_THREADS'], torch.version.cuda, ours.__file__)"
         copy = image[0].src / "gradaccum" / "__init__.py"
-        assert server.run("notebooks/00_start_here.ipynb", [code]) == f"1 None {copy}\n"
+        assert server.run("work/00_start_here.ipynb", [code]) == f"1 None {copy}\n"
         memory = json.load(server.ask("GET", "api/metrics/v1"))
         assert memory["limits"]["memory"]["rss"] == MEMORY
         assert 200e6 < memory["rss"] < MEMORY
@@ -314,15 +318,16 @@ def test_two_open_lessons_and_the_server_stay_under_1_5_gb(image):
     with launched(image, "gradaccum-two") as server:
         print(f"server alone: {server.megabytes('pss'):.0f} MB")
         for stem in hungriest:
-            notebook = json.load(server.ask("GET", f"api/contents/notebooks/{stem}.ipynb"))["content"]
-            server.run(f"notebooks/{stem}.ipynb", [c["source"] for c in notebook["cells"] if c["cell_type"] == "code"])
+            notebook = json.load(server.ask("GET", f"api/contents/work/{stem}.ipynb"))["content"]
+            server.run(f"work/{stem}.ipynb", [c["source"] for c in notebook["cells"] if c["cell_type"] == "code"])
             print(f"and {stem}: {server.megabytes('pss'):.0f} MB, {server.megabytes('rss'):.0f} as a sum of RSS")
         assert server.megabytes("pss") < 1500
 
 
 @pytest.mark.browser
 def test_a_launch_opens_the_first_page_and_work_outlives_the_session(image):
-    exercise, work = "lab/tree/notebooks/exercises/01_naive_loop.ipynb", "# my own answer"
+    (path,), work = ROOT.glob("notebooks/exercises/01_*.ipynb"), "# my own answer"
+    exercise = f"lab/tree/work/exercises/{path.name}"
     problems = []
     with sync_playwright() as playwright:
         browser = start_chromium(playwright)

@@ -120,9 +120,9 @@ def anchor(heading, notebook):
 
 
 def markdown_of(path):
-    """The Markdown of a document, of a made notebook's source, or None."""
+    """The Markdown of a document, of the source of a made notebook or of its copy, or None."""
     if path.suffix == ".ipynb":
-        path = "notebooks/source" / path.relative_to("notebooks").with_suffix(".py")
+        path = Path("notebooks/source", *path.parts[1:]).with_suffix(".py")
     if path.suffix == ".py":
         cells = jupytext.read(ROOT / path, fmt="py:percent").cells
         return "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")

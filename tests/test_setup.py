@@ -16,14 +16,16 @@ import tomllib
 from contextlib import contextmanager
 from pathlib import Path
 
+import nbformat
 import psutil
 import pytest
+import test_project
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-LESSON = "notebooks/00_start_here.ipynb"
+LESSON = "work/00_start_here.ipynb"
 STARTER = sys._base_executable  # the Python below this one's .venv, as a user has it: no public name tells it
-HIDDEN = shutil.ignore_patterns(".*", "__pycache__")  # what a fresh clone has not, .venv above all
+HIDDEN = shutil.ignore_patterns(".*", "__pycache__", "work")  # what a fresh clone has not, .venv above all
 posix = pytest.mark.skipif(os.name == "nt", reason="a script for bash, or a signal that Windows has not")
 
 
@@ -299,6 +301,127 @@ def test_a_running_lab_is_to_be_stopped_first(make, monkeypatch):
         two.wait(10)
         assert make.main(["clean"]) == 0
     assert not make.VENV.exists()
+
+
+INFO = {"name": "python", "mimetype": "text/x-python", "file_extension": ".py", "nbconvert_exporter": "python"}
+INFO |= {"codemirror_mode": {"name": "ipython", "version": 3}, "pygments_lexer": "ipython3", "version": "3.0.0"}
+
+
+def lay_out(notebook):
+    return (nbformat.writes(notebook) + "\n").encode()
+
+
+@pytest.fixture
+def originals(make):
+    """Two small notebooks in notebooks/, by name, beside what is not to be copied."""
+    info = '"pygments_lexer": "ipython3",\n   "version": "3.0.0"'  # in a cell it is text, as an output it is data
+    data = nbformat.v4.new_output("display_data", {"application/json": {"version": "3.0.0", "language_info": {}}})
+    cells = [nbformat.v4.new_code_cell(f"'é' # {info}", outputs=[data], id="one")]
+    kernel = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+    metadata = {"kernelspec": kernel, "language_info": INFO, "title": "é"}
+    notebooks = {}
+    for name in ("00_page.ipynb", "exercises/01_page.ipynb"):
+        notebooks[name] = nbformat.v4.new_notebook(cells=cells, metadata=metadata)
+        (make.NOTEBOOKS / name).parent.mkdir(parents=True)
+        (make.NOTEBOOKS / name).write_bytes(lay_out(notebooks[name]))
+    for name in (".ipynb_checkpoints/00_page-checkpoint.ipynb", "source/00_page.py", "exercises/INSTRUCTOR.md"):
+        (make.NOTEBOOKS / name).parent.mkdir(exist_ok=True)
+        (make.NOTEBOOKS / name).touch()
+    return notebooks
+
+
+def copies(make):
+    return {name: data for name, data in everything(make.WORK).items() if name.endswith(".ipynb")}
+
+
+def test_a_copy_names_the_python_that_runs_it(make, originals):
+    assert make.main(["work"]) == 0
+    for notebook in originals.values():
+        notebook.metadata.language_info.version = sys.version.split()[0]
+    assert copies(make) == {name: lay_out(notebook) for name, notebook in originals.items()}
+
+
+def test_a_copy_is_never_written_over(make, originals, monkeypatch, capsys):
+    monkeypatch.setattr(make, "set_up", lambda extra, cuda: None)
+    monkeypatch.setattr(make, "become", lambda arguments: 0)
+    assert make.main(["lab"]) == 0
+    made = copies(make)
+    mine, gone = make.WORK / "00_page.ipynb", make.WORK / "exercises" / "01_page.ipynb"
+    mine.write_text("my answer")
+    (make.WORK / "my own.ipynb").write_text("mine too")
+    gone.unlink()
+    kept = {"00_page.ipynb": b"my answer", "my own.ipynb": b"mine too"}
+    written = mine.stat().st_mtime_ns
+    assert make.main(["clean"]) == 0
+    assert copies(make) == kept
+    for command in ("work", "lab"):
+        assert make.main([command]) == 0
+        assert copies(make) == kept | {"exercises/01_page.ipynb": made["exercises/01_page.ipynb"]}
+    with monkeypatch.context() as patch:
+        patch.setattr(make.os.path, "lexists", lambda path: False)  # as if it came between the look and the writing
+        assert make.main(["work"]) == 0
+    assert mine.read_text() == "my answer"
+    assert mine.stat().st_mtime_ns == written
+    assert "newer" not in capsys.readouterr().out
+
+
+def test_a_newer_edition_is_told_in_a_line(make, originals, capsys):
+    def told():
+        assert make.main(["work"]) == 0
+        return capsys.readouterr().out
+
+    lesson, exercise = (make.NOTEBOOKS / name for name in originals)
+    assert told() == ""
+    made = copies(make)
+    newer = exercise.read_bytes().replace(b'"one"', b'"two"')
+    exercise.write_bytes(newer)
+    for _ in range(2):  # until it is heeded
+        line = told()
+        assert line.startswith("There are newer editions of exercises/01_page.ipynb: yours in work/ stay; ")
+        assert line.count("\n") == 1
+        assert copies(make) == made
+    (make.WORK / "exercises" / "01_page.ipynb").rename(make.WORK / "exercises" / "mine.ipynb")
+    assert told() == told() == ""
+    assert b'"two"' in copies(make)["exercises/01_page.ipynb"]
+    for number, broken in enumerate((b"", b"\xff", b"[1]", b"5", b'{"00_page')):
+        make.RECORD.write_bytes(broken)
+        assert told() == ""
+        lesson.write_bytes(lesson.read_bytes() + b" " * number + b"\n")
+        assert told().startswith("There are newer editions of 00_page.ipynb: ")
+
+
+@posix
+def test_a_copy_is_made_whole_or_not_at_all(make, originals):
+    import resource
+
+    limit = len(lay_out(originals["00_page.ipynb"])) - 10
+    full = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))}
+    for size, told in ((full, r"Stopped: .*File too large.*\.\n"), ({}, "")):
+        done = shown(STARTER, "-B", "make.py", "work", cwd=make.ROOT, **size)
+        assert re.fullmatch(told, done.stderr), done
+        assert done.stdout == ""
+        assert set(copies(make)) == (set() if told else set(originals))
+    shutil.rmtree(make.WORK)
+    make.WORK.write_text("a file of mine")
+    assert re.fullmatch(r"Stopped: .*work'\.\n", shown(STARTER, "-B", "make.py", "work", cwd=make.ROOT).stderr)
+    assert make.WORK.read_text() == "a file of mine"
+
+
+def test_every_notebook_s_copy_is_right_and_links_on(make, monkeypatch):
+    for path in test_project.project_files():
+        (make.ROOT / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, make.ROOT / path)
+    names = [path.relative_to("notebooks") for path in test_project.pages() if path.suffix == ".ipynb"]
+    monkeypatch.setattr(test_project, "ROOT", make.ROOT)
+    assert make.main(["work"]) == 0
+    assert copies(make).keys() == set(map(str, names))
+    for name in names:
+        wanted = nbformat.read(make.NOTEBOOKS / name, as_version=4)
+        if "version" in wanted.metadata.language_info:
+            wanted.metadata.language_info.version = sys.version.split()[0]
+        assert copies(make)[str(name)] == lay_out(wanted)
+        page = Path("work") / name
+        assert list(test_project.broken_links(page, test_project.markdown_of(page))) == []
 
 
 def test_a_borrowed_torch_is_on_the_path_and_pip_is_told_to_keep_it(make, steps):

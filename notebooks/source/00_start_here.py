@@ -127,7 +127,8 @@ widgets.recap()
 # %% how-more [markdown]
 # ## What is kept, and how to come back
 #
-# What you write stays in the notebook's file on your own machine, and on Colab and Kaggle in your account once you save a copy; on Binder it is gone after ten idle minutes, unless you press the cloud with the arrow down in the toolbar (*Save to browser storage*), or *Download* beside it, which works even after the session has ended.
+# `make lab` opens copies of the notebooks, in the folder `work`: what you write stays there, and no update and no command of this course overwrites or deletes it.
+# On Colab and Kaggle it stays in your account once you save a copy; on Binder it is gone after ten idle minutes, unless you press the cloud with the arrow down in the toolbar (*Save to browser storage*), or *Download* beside it, which works even after the session has ended.
 # To come back on Binder, launch again in the same browser, open the same notebook and press the cloud with the arrow up, or drag your download into the list of files.
 #
 # After a break, or a kernel that died, run the set-up cell and go on at any section.

@@ -99,7 +99,8 @@ def parsed(given: str) -> str | None:
 def links(path: str) -> dict[str, str]:
     """Say where a notebook, by its path in the repository, opens on each platform."""
     repository = ADDRESS.removeprefix("https://github.com/")
-    in_lab = quote(f"lab/tree/{path}", safe="")
+    copy = path.replace("notebooks/", "work/", 1)  # Binder makes the copies too
+    in_lab = quote(f"lab/tree/{copy}", safe="")
     return {
         "Binder": f"https://mybinder.org/v2/gh/{repository}/HEAD?urlpath={in_lab}",
         "Colab": f"https://colab.research.google.com/github/{repository}/blob/{BRANCH}/{path}",
