@@ -1,11 +1,40 @@
 """Gradient accumulation in PyTorch: the finished loop that the notebooks build, and the meters they use.
 
 `windows` and `accumulate` are the technique; `full_batch_gradient` and `relative_error` say what "equal" means.
-Importing this package imports torch and nothing else that is slow.
+Importing this package imports torch and nothing else that is slow; `gradaccum.memory` and the other parts are imported
+when they are first used.
 """
+
+import importlib
+from typing import TYPE_CHECKING
 
 from gradaccum.accumulation import Accumulated, Windows, accumulate, windows
 from gradaccum.gradients import full_batch_gradient, relative_error
 
 __all__ = ["Accumulated", "Windows", "accumulate", "full_batch_gradient", "relative_error", "windows"]
 __version__ = "0.1.0"
+
+# Not imported here: some need what only the lessons' installation has, and a torch that lacks one of memory's private
+# names must not take `accumulate` away.
+_PARTS = ("data", "exercises", "memory", "models", "plots", "widgets")
+
+if TYPE_CHECKING:
+    from gradaccum import data as data
+    from gradaccum import exercises as exercises
+    from gradaccum import memory as memory
+    from gradaccum import models as models
+    from gradaccum import plots as plots
+    from gradaccum import widgets as widgets
+else:  # a type checker that saw `__getattr__` would let any name pass
+
+    def __getattr__(name):
+        if name not in _PARTS:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        try:
+            return importlib.import_module(f"{__name__}.{name}")
+        except ImportError as error:  # hasattr() and help() go on after an AttributeError, and after nothing else
+            raise AttributeError(f"{__name__}.{name} cannot be imported: {error}") from error
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PARTS})

@@ -252,7 +252,55 @@ def test_importing_the_module_imports_torch_and_nothing_else_that_is_slow():
     imported = {name.partition(".")[0] for name in done.stdout.split()}
     assert "gradaccum" in imported
     assert imported - set(sys.stdlib_module_names) - {"torch"} == {"gradaccum"}
-    assert not {"gradaccum.plots", "gradaccum.widgets"} & set(done.stdout.split())
+    ours = {name for name in done.stdout.split() if name.startswith("gradaccum.")}
+    assert ours == {"gradaccum.accumulation", "gradaccum.gradients"}
+
+
+PARTS = """import sys, gradaccum
+for part in sys.argv[1:]:
+    assert part in dir(gradaccum), part
+    assert getattr(gradaccum, part).__name__ == f"gradaccum.{part}"
+try:
+    gradaccum.nonsense
+except AttributeError as error:
+    print(error)
+"""
+# As in an installation of the module alone: the packages of the lessons cannot be imported.
+WITHOUT_LESSONS = """import sys
+sys.modules.update(dict.fromkeys(["IPython", "ipywidgets", "matplotlib", "tqdm"]))
+import pydoc, gradaccum
+print(gradaccum.memory.__name__, hasattr(gradaccum, "plots"), "plan_micro_batches" in dir(gradaccum.memory))
+assert "full_batch_gradient" in pydoc.render_doc(gradaccum)
+gradaccum.plots
+"""
+
+
+def test_every_part_is_an_attribute_of_the_module():
+    parts = {path.parts[1].removesuffix(".py") for path in python_files("gradaccum")} - {"__init__", "interrupts"}
+    assert {"accumulation", "exercises", "memory", "plots"} <= parts
+    command = [sys.executable, "-c", PARTS, *sorted(parts)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "module 'gradaccum' has no attribute 'nonsense'\n"
+
+
+def test_a_part_that_needs_the_lessons_says_so():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_LESSONS], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "gradaccum.memory False True\n", done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("AttributeError: gradaccum.plots cannot be imported: ")
+    assert "matplotlib" in last
+
+
+@pytest.mark.slow
+def test_mypy_knows_the_parts_and_no_other(tmp_path):
+    config = tmp_path / "mypy.ini"  # without a look into torch, which takes half a minute
+    config.write_text("[mypy]\nstrict = true\nfollow_imports = silent\n[mypy-torch.*]\nfollow_imports = skip\n")
+    code = "import gradaccum\nreveal_type(gradaccum.memory.plan_micro_batches)\ngradaccum.nonsense"
+    command = [sys.executable, "-m", "mypy", "--config-file", str(config), "--no-incremental", "-c", code]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    assert "-> gradaccum.memory.plan.MicroBatchPlan" in told
+    assert re.findall(r":3: error: (.*?)  ", told) == ['Module has no attribute "nonsense"'], told
 
 
 @pytest.mark.slow
