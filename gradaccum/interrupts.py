@@ -13,6 +13,7 @@ def say_stopped() -> None:
     """Show one sentence in place of a traceback when a cell is interrupted; outside IPython this does nothing.
 
     The cell has failed all the same, so no later cell is run. Handlers that somebody else has set stay as they are.
+    Whatever a learner may have to wait for calls this, and no import does: importing changes nothing in IPython.
 
     Example:
         >>> say_stopped()

@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from gradaccum.interrupts import say_stopped
 
-say_stopped()
 Item = TypeVar("Item")
 NO_GUESS = "Where you commit a guess before you run the next cell, a table here says how it did."
 
@@ -181,6 +180,7 @@ def predict(question: str, choices: Sequence[str] | Mapping[str, float] = ()) ->
     Returns:
         The prediction; call its `reveal` in the cell that measures the value.
     """
+    say_stopped()
     prediction = _asked.get(question)
     # Whoever has clicked on a button and presses Shift + Enter runs this again: that must not take their guess away.
     if prediction is None or prediction.guess is None or prediction.choices != list(choices):
@@ -257,6 +257,7 @@ def explore(view: Callable[..., tuple[Figure, str]], **controls: Sequence[Any]) 
     Raises:
         ValueError: a control cannot start where its parameter's default says.
     """
+    say_stopped()
     start = {name: parameter.default for name, parameter in inspect.signature(view).parameters.items()}
     for name, values in controls.items():
         if start.get(name) not in values:
@@ -305,6 +306,7 @@ def progress(items: Iterable[Item], description: str) -> Iterator[Item]:
         items: what to go through; its length, where it has one, gives the time left.
         description: a few words beside the bar.
     """
+    say_stopped()
     shown = display(HTML(""), display_id=True)
     try:
         bar = {"mininterval": 0.2, "ascii": " -", "ncols": 70, "disable": False}  # it leaves no output behind

@@ -300,8 +300,8 @@ def test_a_stopped_cell_fails_with_one_sentence_and_nothing_else_changes():
 
     try:
         client.wait_for_ready(timeout=60)
-        run("import time; from gradaccum.interrupts import say_stopped; say_stopped(); say_stopped()")
-        reply, tracebacks = run("print('now', flush=True); time.sleep(30)", stop=True)
+        first = "import time; from gradaccum.interrupts import say_stopped; say_stopped(); say_stopped()"
+        reply, tracebacks = run(f"{first}; print('now', flush=True); time.sleep(30)", stop=True)
         assert reply["status"] == "error", "Run All stops here"
         assert reply["ename"] == "KeyboardInterrupt"
         assert tracebacks == [[interrupts.STOPPED]]
@@ -315,13 +315,34 @@ def test_a_stopped_cell_fails_with_one_sentence_and_nothing_else_changes():
         manager.shutdown_kernel(now=True)
 
 
-def test_stopping_is_arranged_by_the_widgets_and_imports_nothing_that_is_slow():
-    script = """import sys
+FIRST_CALLS = """import signal, sys
 from IPython.core.interactiveshell import InteractiveShell
 shell = InteractiveShell.instance()
+handlers = lambda: (shell.custom_exceptions, shell.CustomTB, sys.excepthook, signal.getsignal(signal.SIGINT))
+before = handlers()
 import gradaccum.interrupts
 assert not {"matplotlib", "ipywidgets"} & set(sys.modules)
-assert shell.custom_exceptions == ()
-import gradaccum.widgets
-assert shell.custom_exceptions == (KeyboardInterrupt,)"""
-    subprocess.run([sys.executable, "-c", script], check=True)
+from gradaccum import data, exercises, memory, models, plots, widgets
+from matplotlib.figure import Figure
+assert handlers() == before
+calls = [
+    lambda: exercises.check("3.2", len),
+    lambda: exercises.attempt(len, ""),
+    lambda: widgets.predict("How many?"),
+    lambda: widgets.explore(lambda steps=1: (Figure(), ""), steps=[1, 2]),
+    lambda: list(widgets.progress([], "counting")),
+]
+for call in calls:
+    shell.set_custom_exc((), None)
+    call()
+    assert shell.custom_exceptions == (KeyboardInterrupt,)
+    shell.set_custom_exc((KeyError,), lambda *_, **__: None)
+    theirs = handlers()
+    call()
+    assert handlers() == theirs
+"""
+
+
+def test_the_first_check_or_view_sets_the_handler():
+    done = subprocess.run([sys.executable, "-c", FIRST_CALLS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
