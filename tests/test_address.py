@@ -311,7 +311,7 @@ def test_with_an_address_all_is_as_the_sources_say_and_lessons_run(tmp_path):
     run(builder, f"--address={ADDRESS}")
     run(builder, "--check")
     written = exercise.read_bytes()
-    run(builder, "00_start_here", "exercises/01_naive_loop")  # made from their sources, they have the cells too
+    run(builder, "00_start_here", "exercises/01_exercises")  # made from their sources, they have the cells too
     run(builder, "--check")
     assert exercise.read_bytes() == written
     run("-m", "pytest", "-q", "-p", "no:cacheprovider", launch.FIRST, "notebooks/02_accumulate.ipynb")

@@ -263,7 +263,7 @@ WRONG = """def accumulate_window(model, micro_batches):
 
 
 def test_an_exercise_is_done_as_a_learner_does_it(chromium, lab):
-    notebook = Notebook(chromium, lab.address, "notebooks/exercises/03_normalize.ipynb")
+    notebook = Notebook(chromium, lab.address, "notebooks/exercises/03_exercises.ipynb")
     keyboard, stored = notebook.page.keyboard, json.loads(exercises.ANSWERS.read_text("utf-8"))["3.1"]
 
     def write(cell, text):

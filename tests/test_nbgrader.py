@@ -15,7 +15,7 @@ import release
 
 ROOT = Path(__file__).resolve().parents[1]
 EXERCISES = ROOT / "notebooks" / "exercises"
-STEM = "03_normalize"
+STEM = "03_exercises"
 POINTS = {"3.1": 4, "3.2": 2, "3.3": 5}
 
 

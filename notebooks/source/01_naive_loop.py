@@ -299,7 +299,7 @@ figure
 # </details>
 # <br>
 #
-# **Exercises**, which grade themselves: [write one training step, find what an epoch's loss holds on to, and say how quiet another batch will be](exercises/01_naive_loop.ipynb).
+# **Exercises**, which grade themselves: [write one training step, find what an epoch's loss holds on to, and say how quiet another batch will be](exercises/01_exercises.ipynb).
 #
 # **Next**, in lesson 2: what if you want the quiet gradient of a large batch on a machine that holds a small one?
 

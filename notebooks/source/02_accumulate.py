@@ -265,7 +265,7 @@ figure
 # </details>
 # <br>
 #
-# **Exercises**, which grade themselves: [say what `.grad` holds, find the gradients that got lost, and write the delayed step](exercises/02_accumulate.ipynb).
+# **Exercises**, which grade themselves: [say what `.grad` holds, find the gradients that got lost, and write the delayed step](exercises/02_exercises.ipynb).
 #
 # **Next**: the gradient is four times too large. Lesson 3 mends it with one line, and then asks why almost nobody would notice without that line.
 

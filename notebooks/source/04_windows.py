@@ -405,7 +405,7 @@ assert moved["4 steps on 8 names"] > 2 * moved["1 step on the window of 32"]
 # </details>
 # <br>
 #
-# **Exercises**, which grade themselves: [group a stream, write an epoch, and repair the parity, the leak and the logged loss](exercises/04_windows.ipynb).
+# **Exercises**, which grade themselves: [group a stream, write an epoch, and repair the parity, the leak and the logged loss](exercises/04_exercises.ipynb).
 #
 # **Next**: all micro-batches had the same size so far. Lesson 5 lets the names have their real lengths, and `/ len(window)` breaks.
 

@@ -469,7 +469,7 @@ figure
 # </details>
 # <br>
 #
-# **Exercises**, which grade themselves: [weigh means, write the token-weighted step, mend a fix that lost the point, and write the test](exercises/05_unequal_micro_batches.ipynb).
+# **Exercises**, which grade themselves: [weigh means, write the token-weighted step, mend a fix that lost the point, and write the test](exercises/05_exercises.ipynb).
 #
 # **Next**: the reason for all this was memory. Lesson 6 counts it to the byte, and plans for a GPU that is not there.
 

@@ -660,7 +660,7 @@ figure
 # </details>
 # <br>
 #
-# **Exercises**: [a peak, a plan, and what a loop keeps](exercises/06_gpu_memory.ipynb).
+# **Exercises**: [a peak, a plan, and what a loop keeps](exercises/06_exercises.ipynb).
 #
 # **Next**: put `windows`, `accumulate` and the planner into a loop of your own.
 

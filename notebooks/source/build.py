@@ -2,7 +2,7 @@
 
     python notebooks/source/build.py                            # all of them
     python notebooks/source/build.py 01_naive_loop              # one lesson
-    python notebooks/source/build.py exercises/03_normalize     # one exercise notebook
+    python notebooks/source/build.py exercises/03_exercises     # one exercise notebook
     python notebooks/source/build.py --check                    # compare with the sources, run nothing
     python notebooks/source/build.py --address ADDRESS          # set the repository's, or `none` (launch.py)
 
@@ -49,7 +49,7 @@ class SourceError(ValueError):
 
 
 def sources() -> dict[str, Path]:
-    """Find the sources by name: NN_name of a lesson, exercises/NN_name of its exercises."""
+    """Find the sources by name: NN_name of a lesson, exercises/NN_exercises of its exercises."""
     lessons = sorted(SOURCE.glob("[0-9][0-9]_*.py"))
     found = [*lessons, *sorted(SOURCE.glob("exercises/[0-9][0-9]_*.py"))]
     return {name_of(path): path for path in found}
@@ -61,7 +61,7 @@ def made_from(path: Path) -> Path:
 
 
 def name_of(path: Path) -> str:
-    """Name a source or a notebook: 01_naive_loop, exercises/01_naive_loop."""
+    """Name a source or a notebook: 01_naive_loop, exercises/01_exercises."""
     return f"exercises/{path.stem}" if is_exercise(path) else path.stem
 
 
