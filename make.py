@@ -49,7 +49,7 @@ COMMANDS = {
     "address": "write the repository's address, and links to Binder, Colab, Kaggle, into every file (or: none)",
     "lint": "check style, types and spelling",
     "benchmarks": "measure gradaccum beside other libraries (installs those)",
-    "environment": "write environment.yml from pyproject.toml",
+    "environment": "write environment.yml, for conda and for Binder, from pyproject.toml",
     "constraints": "write constraints.txt anew (torch keeps its version: constraints torch==2.13.0 sets it)",
     "work": "copy the notebooks that work/ lacks, for a Python of your own (lab does it too)",
     "clean": "delete .venv, and nothing in work/; the next command makes it again",
@@ -394,7 +394,9 @@ def main(arguments: list[str]) -> int:
         checks = [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"], ["codespell_lib"]]
         return int(False in [attempt(check) for check in checks])  # every check runs, also after one that failed
     if command == "environment":
-        (ROOT / "environment.yml").write_text(environment_text(), "utf-8", newline="\n")
+        # Binder reads its own folder alone, and a link there would be a text file in a clone on Windows.
+        for folder in (ROOT, ROOT / "binder"):
+            (folder / "environment.yml").write_text(environment_text(), "utf-8", newline="\n")
     elif command == "constraints":
         constraints(rest)
     elif command == "work":
