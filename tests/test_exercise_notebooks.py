@@ -1,5 +1,6 @@
 """The exercise notebooks: as their sources say, without answers, 0 points as they come and all of them once solved."""
 
+import ast
 import copy
 import re
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import build
+import examples
 import nbformat
 import pytest
 import release
@@ -124,6 +126,40 @@ def test_as_handed_out_it_runs_from_the_top_to_the_end_with_0_points(lesson):
     for cell in notebook.cells:
         streams = [output.text for output in cell.get("outputs", []) if output.output_type == "stream"]
         assert "Error" not in "".join(streams), f"{cell.id}: {streams}"
+
+
+# ------------------------------------------------------------------------------------- what the texts say comes out
+
+
+@each_lesson
+def test_a_try_cell_prints_what_it_expects(lesson):
+    found = list(examples.expectations(solved(lesson)))
+    assert found
+    for cell, wanted, got, above in found:
+        assert examples.holds(wanted, got, above), f"{cell} expects {wanted} and prints {got}"
+        for place in [place for place, letter in enumerate(wanted) if letter.isalnum()]:
+            other = wanted[:place] + ("2" if wanted[place] == "1" else "1") + wanted[place + 1 :]
+            assert not examples.holds(other, got, above), f"{cell}: {other} would pass for {wanted}"
+
+
+@each_lesson
+def test_an_example_says_what_comes_out(lesson):
+    notebooks = solved(lesson), handed_out(lesson)
+    for text in cells(notebooks[0], "exercise"):
+        number, example = text.id.partition("-")[2], text.source.partition("**Example.**")[2]
+        both = {"step": lambda *_: None}, {}
+        for names, notebook in zip(both, notebooks, strict=True):
+            sources = {cell.id: cell.source for cell in notebook.cells}
+            exec(sources["setup"], names)
+            exec(sources[f"answer-{number}"], names)
+            names["TRY"] = sources[f"try-{number}"]
+        calls = re.findall(r"`(\w+\([^`]*\))` is (?:`([^`]+)`|([\d.,]*\d))", example)
+        for call, quoted, plain in calls:
+            assert eval(call, both[0]) == ast.literal_eval(quoted or plain.replace(",", "")), call
+        measure = getattr(examples, f"example_{number.replace('-', '_')}", None)
+        for said in measure(*both) if measure else ():
+            assert said in example, f"{text.id}: {said}"
+        assert calls or measure, f"{text.id}: nothing tests its example"
 
 
 @pytest.mark.slow

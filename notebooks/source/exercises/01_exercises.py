@@ -53,9 +53,9 @@ torch.manual_seed(0)
 model = models.embedding_linear(vocabulary=1000, width=128)
 optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 inputs, targets = next(data.random_tokens())
-for expected in ("7.08", "6.96", "6.85"):
+for loss in ("7.08", "6.96", "6.85"):
     attempt(training_step, model, optimizer, inputs, targets)
-    print("expected:", expected)
+    print("expected:", loss)
 
 # %% check-1-1
 check("1.1", training_step)

@@ -115,8 +115,9 @@ torch.manual_seed(0)
 model = models.embedding_linear(len(characters), width=8)
 optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
 window.append((window[0][0], nothing))
-attempt(weighted_step, model, optimizer, window)  # expected: 2.7556
-print(model[1].bias[:3].data, "expected: -0.1930, 0.1166, -0.2330")
+attempt(weighted_step, model, optimizer, window)
+print("expected: 2.7556")
+print("expected: -0.1930, 0.1166, -0.2330; got:", model[1].bias[:3].data)
 
 # %% check-5-2
 check("5.2", weighted_step)
