@@ -91,9 +91,11 @@ def accumulate(
 ) -> Accumulated:
     """Leave in `.grad` the gradient of the mean loss over the window, holding one micro-batch's activations.
 
-    However the window is cut, the result is the gradient of the one batch that its micro-batches make together,
-    up to rounding. Dividing by the number of micro-batches instead is right only where all counts are equal
-    (huggingface/transformers#34191). It never steps, clips, schedules or clears, and it is for one process.
+    Accumulation gives the large batch's gradient where the loss is a sum over items, each computed from its item
+    alone by a forward that remembers nothing, divided by a number known beforehand. There the cut matters by rounding
+    only; dividing by the number of micro-batches instead needs equal counts too (huggingface/transformers#34191).
+    Elsewhere (BatchNorm in training, negatives or weights taken from the batch) the result is the gradient of the
+    window as it was cut. It never steps, clips, schedules or clears, and it is for one process.
 
     Args:
         model: the module that holds every parameter the loss trains. Each `.grad` must be None.

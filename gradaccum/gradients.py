@@ -1,4 +1,4 @@
-"""What "equal" means: the gradient of the full batch, computed the slow way, and the distance from it."""
+"""What "equal" means: the gradient of a whole window, computed the slow way, and the distance from it."""
 
 from __future__ import annotations
 
@@ -61,9 +61,11 @@ def full_batch_gradient(
     *,
     dtype: torch.dtype | None = None,
 ) -> list[Tensor | None]:
-    """Compute the gradient of the mean loss over the whole window as one graph: slow, large, obviously right.
+    """Compute the gradient of the mean loss over the whole window as one graph: slow, and as large as the full batch.
 
-    The model's parameters, buffers, `.grad` and the random state are afterwards what they were before.
+    `loss_sum` sees one micro-batch at a time here too: this is the large batch's gradient where `accumulate`'s is, and
+    cannot tell whether that is so. Where items see each other (BatchNorm in training), give all of them as one
+    micro-batch. The model's parameters, buffers, `.grad` and the random state are afterwards what they were before.
 
     Args:
         model: the module whose parameters `loss_sum` uses.

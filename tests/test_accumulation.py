@@ -1,5 +1,6 @@
-"""`windows` and `accumulate`: any cut of a window gives the full batch's gradient, and every mistake is refused."""
+"""`windows` and `accumulate`: what a cut gives and where the claim ends; every mistake that can be seen is refused."""
 
+import copy
 import math
 import weakref
 from collections import Counter
@@ -242,6 +243,73 @@ def test_sparse_gradients_stay_sparse():
     assert model.weight.grad.is_sparse
     expected = torch.zeros(9, 3, dtype=torch.float64).index_add(0, tokens, 2 / 5 * model(tokens).detach())
     assert relative_error(model.weight.grad, expected) < 1e-12
+
+
+# --- accumulate: where the claim ends, and no divisor helps ---
+
+X, Y = torch.randn(16, 3, generator=torch.Generator().manual_seed(0)).double(), torch.arange(16) % 5 % 3
+ALL = range(16)
+
+
+class Centred(nn.Module):
+    """A forward that remembers: in training it moves the mean that it takes off."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x):
+        if self.training:
+            self.mean = (self.mean + x.mean(0)) / 2
+        return x - self.mean
+
+
+def alone(model, rows, seen):
+    return cross_entropy(model(X[rows]), Y[rows], reduction="sum")
+
+
+def negatives(model, rows, seen):
+    own = torch.tensor([seen.index(row) for row in rows])
+    return cross_entropy(model(X[rows]) @ X[seen].T, own, reduction="sum")
+
+
+def weighted(model, rows, seen):
+    weights = 1 / Y[seen].bincount(minlength=3).double()
+    return cross_entropy(model(X[rows]), Y[rows], weights, reduction="sum")
+
+
+@pytest.mark.parametrize("outside", [False, True])
+@pytest.mark.parametrize(
+    ("layer", "loss"),
+    [(nn.BatchNorm1d(3), alone), (Centred(), alone), (nn.Identity(), negatives), (nn.Identity(), weighted)],
+    ids=["BatchNorm", "a-mean-kept", "negatives", "weights"],
+)
+def test_where_the_claim_ends(layer, loss, outside):
+    torch.manual_seed(0)
+    model = nn.Sequential(copy.deepcopy(layer), nn.Linear(3, 3)).double().train(outside)
+    window = [ALL[start : start + 4] for start in (0, 4, 8, 12)]
+
+    def loss_sum(rows):  # outside the claim an item sees its micro-batch; inside, what is fixed beforehand
+        return loss(model, rows, rows if outside else ALL)
+
+    one_batch = full_batch_gradient(model, [ALL], loss_sum, len)
+    as_cut = full_batch_gradient(model, window, loss_sum, len)
+    accumulate(model, window, loss_sum, len)
+    found = [parameter.grad for parameter in model.parameters()]
+    assert relative_error(found, as_cut) < 1e-12  # the oracle is cut in the same way, and cannot tell
+    error = relative_error(found, one_batch)
+    assert (error > 0.05) if outside else (error < 1e-12)
+
+
+def test_ranks_that_average_end_the_claim():
+    task, samples, window = make("mlp", ((5, 0.0), (1, 0.0)))
+    of_each = []
+    for batch in window:
+        accumulate(task.model, [batch], task.loss_sum, task.count)
+        of_each.append(task.gradients())
+        task.model.zero_grad()
+    averaged = [(one + other) / 2 for one, other in zip(*of_each, strict=True)]
+    assert relative_error(averaged, task.full_batch(samples)[0]) > 0.05
 
 
 # --- accumulate: what it costs ---

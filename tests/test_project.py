@@ -205,6 +205,22 @@ def test_no_file_names_a_machine_or_a_registry():
 
 # ---------------------------------------------------------------------------------------------------- the module
 
+# What is promised, in these words; `test_where_the_claim_ends` shows what lies outside.
+CLAIM = (
+    "Accumulation gives the large batch's gradient where the loss is a sum over items, each computed from its item "
+    "alone by a forward that remembers nothing, divided by a number known beforehand."
+)
+
+
+def test_the_claim_is_made_and_no_larger_one():
+    pages_and_functions = {str(page): markdown_of(page) for page in pages()} | dict(public_functions())
+    texts = {name: " ".join(text.split()) for name, text in pages_and_functions.items()}
+    made = {name for name, text in texts.items() if CLAIM in text}
+    assert made == {"README.md", "notebooks/05_unequal_micro_batches.ipynb", "accumulation.accumulate"}
+    assert {name for name in made if "BatchNorm in training" not in texts[name]} == set()
+    larger = re.compile(r"\b(?:any|every|whatever) (?:the )?cut|however \w+ (?:\w+ )?cut|obviously right", re.I)
+    assert {name: found[0] for name, text in texts.items() if (found := larger.search(text))} == {}
+
 
 def public_functions():
     """Find each public function of the module and its docstring, by name, reading and not importing."""

@@ -1,7 +1,7 @@
 # %% promise [markdown]
 # # Start here: gradient accumulation, and when it is exact
 #
-# Gradient accumulation gives you the gradient of a large batch on a machine that holds a small one.
+# Gradient accumulation can give you the gradient of a large batch on a machine that holds a small one.
 # Most tutorials teach it with one division that is right on some data and wrong on the rest.
 # Run the next cells and see. It takes 5 minutes to read this page.
 
@@ -72,7 +72,7 @@ assert right < 1e-5
 # %% able [markdown]
 # ## What you will be able to do
 #
-# - Write an accumulation loop that is right for any cut of the data, and say why it is.
+# - Write an accumulation loop that gives the large batch's gradient, and say why it does, and where it cannot.
 # - Find the usual mistakes in other people's loops from what they do to the gradient.
 # - Say beforehand what a step costs in memory, and what accumulation saves.
 #

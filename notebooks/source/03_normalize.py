@@ -48,7 +48,7 @@ for step, (inputs, targets) in enumerate(micro_batches):
 
 # %% line-why [markdown]
 # The course calls this "mathematically equivalent" to a batch four times as large.
-# On paper it is: a quarter of each of the four means, added up, is the mean of all, if all four have the same size.
+# On paper it is, for this model: a quarter of each of the four means, added up, is the mean of all, if all four have the same size.
 # A computer is not paper.
 
 # %% equal [markdown]
@@ -112,7 +112,8 @@ print("0.1 + (0.2 + 0.3) == (0.1 + 0.2) + 0.3:", 0.1 + (0.2 + 0.3) == (0.1 + 0.2
 # Merely shuffling the rows of the full batch does the same.
 #
 # So this is what "equal" will mean from here on: **apart by rounding only, at most a few times what reordering the full batch causes**.
-# The claim of the course holds, for micro-batches of equal size.
+# The claim of the course holds for micro-batches of equal size, and for a loss that sees each name alone.
+# BatchNorm, which looks at a whole batch, is outside it; lesson 5 says where the claim ends.
 
 # %% delete [markdown]
 # ## Delete the line again
@@ -285,7 +286,7 @@ figure
 # %% recap [markdown]
 # ## Recap
 #
-# - Divide each micro-batch's mean loss by k, and the window has the large batch's gradient, if the micro-batches are equally large.
+# - Divide each micro-batch's mean loss by k, and the window has the large batch's gradient, if the micro-batches are equally large and the loss sees each item alone.
 # - Equal means up to rounding, of the size that reordering the batch causes; bit for bit it is not.
 # - Adam, AdamW and constant clipping hide a missing division; SGD, L2 decay, eps and ordinary clipping do not. Compare gradients.
 #

@@ -246,7 +246,7 @@ for window in windows(micro_batches, accumulation_steps=3):
 # The last window divides by its own length, nothing leaks, and each thing that happens once per update stands once.
 #
 # `gradaccum` has this function in its finished form: it can be read again at each epoch, checks its arguments, and knows its length if the data does.
-# Test it: `full_batch_gradient` computes a window's gradient the slow, obviously right way, as one graph.
+# Test it: `full_batch_gradient` computes a window's gradient the slow way, as one graph.
 # It wants the sum of the losses and the number of targets; lesson 5 says why.
 
 

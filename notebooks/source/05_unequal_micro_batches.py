@@ -5,7 +5,7 @@
 #
 # After this lesson you can
 # - say when the mean of means is not the mean, and by how much;
-# - write the loop that is right for every cut, and hold its memory down;
+# - write the loop that is right for unequal micro-batches too, and hold its memory down;
 # - use `accumulate` in a loop of your own.
 #
 # 25 minutes. It continues [lesson 4](04_windows.ipynb).
@@ -309,8 +309,13 @@ figure
 # `gradaccum.accumulate` is the inner part of this loop in its finished form: it counts, divides and calls `backward()` for each micro-batch.
 # It never steps, clips, schedules or clears: those stay in your loop, once per window.
 #
-# It also refuses what would go wrong silently.
-# At the end of the cell somebody has looked at a gradient and forgotten to clear it.
+# This is what it promises, and no more:
+# Accumulation gives the large batch's gradient where the loss is a sum over items, each computed from its item alone by a forward that remembers nothing, divided by a number known beforehand.
+# BatchNorm in training looks at the whole batch, and so does a loss whose negatives or weights come from the batch: there the gradient depends on the cut, and no divisor mends it.
+# On several processes the count has to be that of all of them, which `accumulate` does not know.
+#
+# Of all this it sees nothing.
+# What it can see, it refuses: at the end of the cell somebody has looked at a gradient and forgotten to clear it.
 
 # %% finished-run
 names = data.shuffled(data.character_names(), seed=0)

@@ -466,7 +466,7 @@ figure
 # %% shapes [markdown]
 # When is each the better answer?
 # - **16 bits** first, where the device has them: often faster too. The loss stays in float32, so a large vocabulary gains less. The gradient changes a little.
-# - **Accumulation** where the effective batch is too large: the same gradient up to rounding, no work done twice.
+# - **Accumulation** where the effective batch is too large: the same gradient where lesson 5's claim holds, no work twice.
 # - **Checkpointing** where even a small micro-batch is too large: the same gradient, one more forward pass. It gains with depth.
 #
 # They add up. None of them shrinks the weights and the state.

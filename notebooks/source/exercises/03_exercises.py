@@ -27,7 +27,7 @@ from gradaccum.exercises import attempt, check
 # Write `accumulate_window(model, micro_batches)`.
 # It leaves in `.grad` the gradient of the mean loss over the whole window, as one large batch would give it, and returns nothing.
 #
-# - `model` takes inputs of shape `(n, 3)` to logits of shape `(n, 3)`. Its gradients are empty when you get it.
+# - `model` takes inputs of shape `(n, 3)` to logits of shape `(n, 3)`, each row by itself. Its gradients are empty when you get it.
 # - `micro_batches` is a list of pairs: inputs of shape `(n, 3)`, and targets of shape `(n,)`, as `cross_entropy` takes them. There may be any number of them; all have the same n.
 # - Hold one micro-batch's activations at a time.
 # - Leave the model (but for `.grad`) and the micro-batches as they are: called again after `model.zero_grad()`, your function gives the same gradient.
@@ -128,7 +128,7 @@ check("3.2", divisor)
 # It returns `True` for every training step that does what one large batch does, and `False` for every step that does not.
 #
 # - `step(model, optimizer, micro_batches)` makes one update: it clears the gradients, accumulates over the micro-batches, calls `optimizer.step()` and clears again. You choose the model, the optimizer and the data.
-# - `micro_batches` is a list of pairs of inputs and targets for `cross_entropy`, all of the same size: a right step promises the large batch's update for equal sizes only.
+# - `micro_batches` is a list of pairs of inputs and targets for `cross_entropy`, all of the same size: a right step promises the large batch's update for equal sizes only, and for a model that takes each row by itself.
 # - A right step may add in another order, so it may differ by rounding.
 #
 # The check hands your test right steps and wrong ones; one of the wrong ones does not divide at all.

@@ -89,7 +89,7 @@ check("4.1", group)
 # It goes through the micro-batches once and makes one update for each window, the last one too if it is shorter.
 # Each update is the one that the window's large batch would make.
 #
-# - `model` takes inputs of shape `(n, 3)` to logits of shape `(n, 3)`. `optimizer` is one of `torch.optim`, over the model's parameters.
+# - `model` takes inputs of shape `(n, 3)` to logits of shape `(n, 3)`, each row by itself. `optimizer` is one of `torch.optim`, over the model's parameters.
 # - `micro_batches` is a list of pairs: inputs of shape `(n, 3)`, and targets of shape `(n,)`, as `cross_entropy` takes them; all have the same n.
 # - `accumulation_steps` is an int of at least 1. There may be fewer micro-batches than that.
 # - Call `optimizer.step()` once for each window. Hold one micro-batch's activations at a time.
@@ -157,7 +157,7 @@ check("4.2", train_epoch)
 # An update comes after every `accumulation_steps` micro-batches, and one more for what is left over at the end of the epoch.
 # Each update is the one that its window's large batch would make: for the shorter window too.
 #
-# - The model takes inputs of shape `(n, d)` to logits of shape `(n, 3)`; `micro_batches` is a list of pairs as before, all of the same size.
+# - The model takes inputs of shape `(n, d)` to logits of shape `(n, 3)`, each row by itself; `micro_batches` is a list of pairs as before, all of the same size.
 # - The gradients are empty at the start. Updates are made by `optimizer.step()`, which the check watches.
 # - You may use `gradaccum.windows` here, or do without.
 #

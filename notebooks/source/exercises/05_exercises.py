@@ -76,7 +76,7 @@ check("5.1", mean_weights)
 # Write `weighted_step(model, optimizer, micro_batches)`.
 # It makes one update, with the gradient of the mean loss over all targets of the window, and returns that mean loss, a number.
 #
-# - `model` takes tokens, int64 of shape `(rows, length)`, to logits of shape `(rows, length, vocabulary)`.
+# - `model` takes tokens, int64 of shape `(rows, length)`, to logits of shape `(rows, length, vocabulary)`, each row by itself.
 # - `micro_batches` is a list of pairs `(inputs, targets)`, both int64 of shape `(rows, length)`; rows and length differ from one micro-batch to the next.
 # - A target of `data.IGNORED`, which is -100, does not count: padding, or a part of a line that is not to be learned. It may stand at any place of a row. So a micro-batch may have no target that counts; a window has at least one.
 # - `optimizer` is one of `torch.optim`, perhaps with momentum. Leave its settings, and the window's tensors, as they are: both are used again in the next epoch.
