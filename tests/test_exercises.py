@@ -237,8 +237,14 @@ def signature(question, mistake):
 
 @pytest.mark.slow
 def test_the_page_of_mistakes_is_as_made():
-    page = ROOT / "tests" / "answers" / "README.md"
-    assert page.read_text(encoding="utf-8") == matrix.page(), "make it again: python tests/answers/matrix.py"
+    assert matrix.PAGE.read_text(encoding="utf-8") == matrix.page(), "make it again: python tests/answers/matrix.py"
+
+
+def test_whoever_is_led_to_the_mistakes_is_warned():
+    assert "spoils the exercises" in matrix.PAGE.read_text(encoding="utf-8").split("\n\n")[1]
+    for name in ("README.md", "notebooks/exercises/INSTRUCTOR.md"):
+        (line,) = [line for line in (ROOT / name).read_text(encoding="utf-8").splitlines() if "MISTAKES.md" in line]
+        assert "spoils" in line, name
 
 
 @pytest.mark.slow

@@ -6,8 +6,10 @@ from pathlib import Path
 from gradaccum import exercises
 from gradaccum.exercises.checking import grade, sentence
 
-PAGE = Path(__file__).with_name("README.md")
+PAGE = Path(__file__).resolve().parents[2] / "notebooks" / "exercises" / "MISTAKES.md"
 HEAD = """# What the checks catch
+
+**This page spoils the exercises**: to learn from one, write an answer and run its check, which names your own mistake.
 
 Made by `python tests/answers/matrix.py` and held by a test. For each question: the known mistakes by the name they
 have in `gradaccum/exercises/`, the properties (lettered) that each of them fails, and what it still earns. Mistakes
