@@ -19,6 +19,7 @@ from IPython.display import HTML, DisplayHandle, display
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from gradaccum.bars import Shown
 from gradaccum.interrupts import say_stopped
 
 Item = TypeVar("Item")
@@ -310,22 +311,9 @@ def progress(items: Iterable[Item], description: str) -> Iterator[Item]:
     shown = display(HTML(""), display_id=True)
     try:
         bar = {"mininterval": 0.2, "ascii": " -", "ncols": 70, "disable": False}  # it leaves no output behind
-        yield from tqdm(items, desc=description, file=_Shown(shown), **bar)
+        yield from tqdm(items, desc=description, file=Shown(shown), **bar)
     finally:
         shown.update(HTML(""))
-
-
-class _Shown(io.StringIO):
-    """A file that shows the last line written to it in a display of the notebook."""
-
-    def __init__(self, shown: DisplayHandle) -> None:
-        super().__init__()
-        self._handle = shown
-
-    def write(self, text: str) -> int:
-        if text.strip():
-            self._handle.update(HTML(f"<pre>{html.escape(text.strip())}</pre>"))
-        return len(text)
 
 
 def _control(name: str, values: Sequence[Any], start: Any) -> Any:

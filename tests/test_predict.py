@@ -5,6 +5,8 @@ import sys
 from functools import partial
 from itertools import product
 
+import build as builder
+import nbformat
 import numpy
 import pytest
 import torch
@@ -458,6 +460,17 @@ def test_a_long_prediction_shows_its_progress(bars, capsys):
     assert long or not shown
     assert len(bars) == 2  # one bar for the whole plan
     assert {bar.disable for bar in bars} == {True}  # closed
+
+
+def test_in_a_notebook_a_bar_leaves_nothing_behind():
+    lines = ["import time", "from gradaccum.memory.predict import progress", "with progress('predicting') as tick:"]
+    lines += ["    for _ in range(25):", "        time.sleep(0.1)", "        tick()"]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("\n".join(lines))])
+    with builder.kernel(notebook, TQDM_DISABLE="") as client:
+        client.coalesce_streams = False  # as Jupyter stores them
+        builder.run_cells(client, notebook.cells)
+    (shown,) = notebook.cells[0].outputs  # it was there
+    assert shown.data["text/html"] == ""
 
 
 def test_no_prediction_needs_tqdm(monkeypatch):

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from gradaccum.bars import progress
 from gradaccum.memory.device import predicted_type
-from gradaccum.memory.predict import PredictedMemory, _predict, _start_bytes, progress
+from gradaccum.memory.predict import PredictedMemory, _predict, _start_bytes
 
 
 @dataclass(frozen=True, repr=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -23,6 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 # Private: the one as in measure.py; the other so that a measure_memory around a prediction counts none of it.
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from gradaccum.bars import progress
 from gradaccum.memory.device import DeviceFunctions, predicted_type
 from gradaccum.memory.measure import MemoryReport, measure_memory
 
@@ -139,32 +139,6 @@ def _start_bytes(build: Callable[[], Any], device: str, tick: Callable[[], None]
         built = _tuple(build())  # kept while it is counted
         with follow(built) as report:
             return report.start_bytes
-
-
-@contextmanager
-def progress(what: str) -> Iterator[Callable[..., None]]:
-    """Give a function to call at each operation; where tqdm is installed a bar shows after two seconds, until the end.
-
-    Example:
-        >>> with progress("predicting") as tick:
-        ...     tick(micro_batch=8)
-    """
-    try:
-        from tqdm import tqdm  # the plain one: a widget would stay behind in the notebook's file
-    except ImportError:
-        yield lambda **state: None
-        return
-    # In a notebook to stdout: what a bar leaves behind on stderr is a red strip. None: silent in a log file.
-    in_notebook = type(sys.stderr).__module__.startswith("ipykernel")
-    options = {"file": sys.stdout} if in_notebook else {"disable": None}
-    with tqdm(desc=what, unit=" operations", delay=2, leave=False, miniters=1, **options) as bar:
-
-        def tick(**state: object) -> None:
-            if state:
-                bar.set_postfix(state, refresh=False)
-            bar.update()
-
-        yield tick
 
 
 def _tuple(built: object) -> tuple[Any, ...]:
