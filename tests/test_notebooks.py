@@ -179,6 +179,23 @@ def test_opening(lesson):
     assert len([line for line in setup.source.splitlines() if line.strip()]) <= 8
 
 
+def test_minutes_add_up():
+    def minutes(pattern, text):
+        return [int(each) for each in re.findall(pattern, text, re.M)]
+
+    readme, start = (ROOT / "README.md").read_text("utf-8"), Lesson(START).text
+    lessons = [minutes(r"(\d+) minutes", Lesson(stem).cells[0].source)[0] for stem in LESSONS]
+    listed = [minutes(r"^\| \[\d\. .* \| (\d+) \|", page) for page in (readme, start)]
+    assert listed == [lessons, lessons[1:]]
+    exercises = 0
+    for path in NOTEBOOKS.glob("exercises/*.ipynb"):
+        text = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells)
+        exercises += (total := sum(minutes(r"^difficulty ./5 \| (\d+) minutes", text)))
+        assert minutes(r" points, about (\d+) minutes;", text) == [total], path.name
+    assert f"have {sum(lessons)} minutes for the lessons, {exercises} for their exercises" in readme
+    assert f"the lessons take {sum(lessons)} minutes, the exercises {exercises}" in start
+
+
 def test_no_magics_and_no_paths(lesson):
     for cell in lesson.code:
         try:
