@@ -151,6 +151,12 @@ def test_answers_are_closed_until_the_reader_opens_them(lesson):
     assert total["predict"] == total["reveal"], "each prediction needs its answer, and each answer its prediction"
 
 
+def test_a_question_can_be_read_alone(lesson):  # in the recap it is
+    for node in ast.walk(ast.parse("\n".join(cell.source for cell in lesson.code))):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "predict":
+            assert not re.search(r"\b(that|this)\b", node.args[0].value), node.args[0].value
+
+
 def test_what_is_compared_does_not_depend_on_versions(lesson):
     for cell in lesson.code:
         if "nbval-ignore-output" not in tags(cell):

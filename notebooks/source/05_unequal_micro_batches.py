@@ -251,7 +251,8 @@ for window in gradaccum.windows(micro_batches, accumulation_steps=3):
 
 # %% deferred-guess tags=["nbval-ignore-output", "widget"]
 deferred_guess = widgets.predict(
-    "How many times the peak of one backward per micro-batch does that take?"
+    "A small GPT, 64 rows, k = 8. How many times the peak of one backward per "
+    "micro-batch does one backward at the end take?"
 )
 
 
