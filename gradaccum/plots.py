@@ -182,7 +182,7 @@ def window_strip(axis: Axes, loops: Mapping[str, Iterable[Sequence[int]]]) -> No
 
     Args:
         axis: where.
-        loops: name -> groups of micro-batch numbers. A group that starts with a negative number was never stepped:
+        loops: name -> groups of micro-batch numbers. A group that starts with a negative number was not stepped:
             its squares are hollow and have no arrow.
 
     Example:

@@ -65,7 +65,7 @@ assert updates == 0
 
 # %% edges-run
 def groups_of(is_update):
-    """The micro-batches of each step; those that are never stepped, negative."""
+    """The micro-batches of each step; those that get none in this epoch, negative."""
     groups, group = [], []
     for step, number in enumerate(range(1, 8)):
         group.append(number)
@@ -85,7 +85,7 @@ for name, groups in loops.items():
 print("-7: no update of this epoch used the gradient of micro-batch 7")
 assert loops["step % 3 == 0"] == [[1], [2, 3, 4], [5, 6, 7]]
 figure, (axis,) = plots.panels(
-    ["An arrow is an update; a hollow square never gets one"]
+    ["An arrow is an update; a hollow square gets none in this epoch"]
 )
 figure.set_size_inches(7, 2.4)
 plots.window_strip(axis, loops)
