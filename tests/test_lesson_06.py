@@ -1,8 +1,11 @@
 """Lesson 6's short ways to a number, against predictions of every layer and micro-batch, which it has no time for."""
 
+import ast
 import itertools
+import re
 
 import build
+import nbformat
 import pytest
 import torch
 
@@ -39,6 +42,24 @@ def test_the_line_from_no_layer_and_one_is_exact_at_every_depth(shape):
         whole = lesson["peak_of"](autocast, shape, [micro_batch] * k, optimizer)
         found = lesson["moments"](shape, micro_batch, micro_batch * k, adamw, autocast)
         assert total(whole) == max(map(total, found.values())), (adamw, autocast, micro_batch, k)
+
+
+def test_the_last_sentence_is_what_was_measured():
+    path = build.made_from(build.sources()["06_gpu_memory"])
+    made = {cell.id: cell for cell in nbformat.read(path, as_version=4).cells}
+    (row,) = re.findall(r"\| GPT-2 large \|.*", made["shapes-run"].outputs[-1].data["text/markdown"])
+    alone, eight = re.findall(r"([\d.]+) GB at", made["explore-run"].outputs[0].text)
+    assert row.split(" | ")[2:5] == [eight, "no: optimizer state", "no: collected gradients"]
+    said = (
+        f"takes {alone} GB and fits in 16; eight in eight micro-batches take {eight}: the collected gradients tip it."
+    )
+    assert said in made["recap"].source
+
+
+def test_the_roads_of_the_question_are_switches():
+    (asked,) = (node for node in ast.walk(ast.parse(CELLS["roads-guess"])) if isinstance(node, ast.List))
+    settings = names_after(CELLS["roads-run"].partition("\nroads = ")[0])["settings"]
+    assert {value for road in ast.literal_eval(asked) for value in settings[road].values()} == {True}
 
 
 @pytest.mark.slow

@@ -144,6 +144,10 @@ def test_answers_are_closed_until_the_reader_opens_them(lesson):
         if calls(cell)["reveal"]:
             pages = [page for name, page in shown if name == cell.id]
             assert sum("<details" in page for page in pages) == calls(cell)["reveal"], f"{cell.id} hides no answer"
+            beside = [
+                each for each in cell.outputs if not re.match("<details|$", each.get("data", {}).get("text/html", "no"))
+            ]
+            assert beside == [], f"{cell.id} shows more than its closed answer: print it in the next cell"
     for name, page in shown:
         assert not re.search(r"<details[^>]*\bopen\b", page), f"{name} stores an answer that is open"
         assert page.count("<details") == page.count("</details>") == page.count("<summary"), name

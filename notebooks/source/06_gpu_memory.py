@@ -42,7 +42,7 @@ assert measured.peak_bytes == 17_063_848
 assert sum(measured.at_peak.values()) == measured.peak_bytes
 
 # %% anatomy [markdown]
-# Without a GPU, PyTorch's counter returns 0 and says no word about it.
+# Without a GPU, PyTorch's counter returns 0 without a word.
 # `measure_memory` follows every tensor's storage from its making to its end instead; its table is the worst moment, by role.
 #
 # ## Anatomy of a peak
@@ -105,12 +105,14 @@ def parts_of(accumulation_steps, rows=64, d=128, V=1000):
 
 parts, tensor = parts_of(1), one_update(1).largest[0]
 row = max(parts, key=parts.get)
-share = f"{100 * parts[row] / sum(parts.values()):.0f} % of the peak"
-anatomy_guess.reveal(row, f"{share}; the largest tensor has the shape {tensor.shape}")
-for k in (1, 2, 4, 16):
-    by_hand, found = sum(parts_of(k).values()), one_update(k).peak_bytes
-    print(f"k = {k:2}: by hand {by_hand:10,}, measured {found:10,} bytes")
-    assert by_hand == found
+by_hand = {k: sum(parts_of(k).values()) for k in (1, 2, 4, 16)}
+assert by_hand == {k: one_update(k).peak_bytes for k in by_hand}
+listed = ", ".join(f"{total:,} bytes at k = {k}" for k, total in by_hand.items())
+anatomy_guess.reveal(
+    row,
+    f"{100 * parts[row] / by_hand[1]:.0f} % of the peak; the largest tensor has the "
+    f"shape {tensor.shape}; all rows by hand, and measured the same: {listed}",
+)
 
 # %% flat [markdown]
 # The table is exact.
@@ -128,9 +130,12 @@ flat_guess = widgets.predict(
 # %% flat-run
 peaks = {rows: one_update(rows // 8, rows).peak_bytes for rows in (8, 16, 32, 64)}
 listed = ", ".join(f"{peak:,} bytes for {rows}" for rows, peak in peaks.items())
-flat_guess.reveal(f"{peaks[64] / 1e6:.1f}", f"MB for 64 rows; in full: {listed}")
 weights, inputs_of_8 = parts_of(1)["weights"], 16 * 20 * 8
-print(f"the weights {weights:,} bytes, 8 rows of inputs and targets {inputs_of_8:,}")
+flat_guess.reveal(
+    f"{peaks[64] / 1e6:.1f}",
+    f"MB for 64 rows; in full: {listed}; the weights have {weights:,}, "
+    f"8 rows of inputs and targets {inputs_of_8:,}",
+)
 assert peaks[8] < 3.05e6
 assert peaks[16] - peaks[8] == weights + inputs_of_8
 assert peaks[64] - peaks[32] == 4 * inputs_of_8
@@ -143,7 +148,7 @@ assert peaks[64] - peaks[32] == 4 * inputs_of_8
 #
 # ## What shrinks, and what does not
 #
-# A small GPT with AdamW, 32 rows of 64 tokens, cut into more and more micro-batches.
+# A small GPT with AdamW, 32 rows of 64 tokens, cut ever finer.
 # Which roles shrink? And at which moment is the peak?
 
 
@@ -314,10 +319,10 @@ assert sorted(zeros.values()) == [0, 4 * (2 * 1000 * 128 + 1000)]
 # Nothing is allocated, and what it *would* hold is followed.
 # For CUDA, sizes are rounded as its allocator does, and AdamW takes its form there.
 #
-# On a GPU the cell shows the device's own peak, with its libraries' workspaces, and what its allocator has *reserved*: it takes large pieces and keeps what is free again.
+# On a GPU the cell shows the device's own peak, and what its allocator has *reserved*: it takes large pieces and keeps what is free again.
 #
 # The cell after it plans, and runs what it planned: the largest micro-batch for lesson 1's model, 50 rows and 4 MB on the CPU.
-# The effective batch stays exact, with a smaller last micro-batch if need be.
+# The effective batch stays exact: the last micro-batch may be smaller.
 
 
 # %% gpu-run tags=["nbval-ignore-output"]
@@ -397,8 +402,8 @@ assert measured.peak_bytes == plan.peak_bytes <= plan.budget_bytes
 
 # %% roads-guess tags=["nbval-ignore-output", "widget"]
 roads_guess = widgets.predict(
-    "Which of these alone brings the peak down furthest?",
-    choices=["k = 4", "autocast", "checkpointing"],
+    "One batch of 16, and two switches. Which of them alone brings the peak down further?",
+    choices=["autocast", "checkpointing"],
 )
 
 # %% roads-run
@@ -452,9 +457,11 @@ roads = {
     road: predicted(**settings[road])
     for road in widgets.progress(settings, "predicting each road")
 }
-alone = ("k = 4", "autocast", "checkpointing")
+alone = ("autocast", "checkpointing")
 lowest = min(alone, key=lambda road: sum(roads[road].values()))
 roads_guess.reveal(lowest, f"{sum(roads[lowest].values()) / 1e9:.2f} GB")
+
+# %% roads-figure
 for road, roles in roads.items():
     print(f"{road:20} {sum(roles.values()):13,} bytes")
     assert sum(roles.values()) <= sum(roads["one batch of 16"].values())
@@ -478,6 +485,14 @@ figure
 # The peak is at one of two moments: in the loss's backward, or at the update's end, when all gradients are there.
 # At both, each layer adds the same bytes.
 # So predict no layer and one, and follow the line to 48.
+#
+# In the table, a number is the largest micro-batch.
+# A "no" says what is too much: the collected gradients if one row without accumulation fits, else the largest role.
+# Where that is the state, accumulation cannot help; a larger GPU can, or an optimizer that keeps less.
+# The last row has weights of 16 bits and 2,048 tokens a row.
+# No room is left for context and workspaces.
+#
+# Below it, try others: which moment is the peak?
 
 # %% shapes-run
 from functools import cache, partial
@@ -563,10 +578,14 @@ def worst(*arguments):
 
 
 def verdict(shape, limit):
-    """The largest micro-batch that fits, or the role that is to blame."""
+    """The largest micro-batch that fits, or what is too much."""
     fits = [m for m in range(1, 513) if sum(worst(shape, m, 512).values()) <= limit]
+    if fits:
+        return f"{max(fits)}"
+    if sum(worst(shape, 1, 1).values()) <= limit:
+        return "no: collected gradients"
     blame = worst(shape, 1, 512)
-    return f"{max(fits)}" if fits else f"no: {max(blame, key=blame.get)}"
+    return f"no: {max(blame, key=blame.get)}"
 
 
 whole = peak_of(False, "GPT-2 small", [4])
@@ -574,22 +593,14 @@ print(f"GPT-2 small, 12 layers, 4 rows: {sum(whole.values()):,} bytes")
 print(f"the same from the line: {sum(worst('GPT-2 small', 4, 4).values()):,} bytes")
 assert whole == worst("GPT-2 small", 4, 4)
 budgets = (8, 16, 24, 80)
-head = ["model", "weights, millions", "GB for one row"] + [f"{n} GB" for n in budgets]
+head = ["model", "weights, millions", "GB, row by row"] + [f"{n} GB" for n in budgets]
 table = [head, ["---"] * len(head)]
 for shape in widgets.progress(SHAPES, "no layer and one"):
     least = worst(shape, 1, 512)
     weights = least["parameters"] / SHAPES[shape][-1].itemsize / 1e6
-    first = [shape, f"{weights:,.0f}", f"{sum(least.values()) / 1e9:.1f}"]
+    first = [shape, f"{weights:,.0f}", f"{sum(least.values()) / 1e9:.2f}"]
     table.append([*first, *(verdict(shape, n * 10**9) for n in budgets)])
 Markdown("\n".join(f"| {' | '.join(cells)} |" for cells in table))
-
-# %% explore [markdown]
-# A number is the largest micro-batch; a "no" comes with the role that holds most of what one row needs.
-# Where that is the state, accumulation cannot help; a larger GPU can, or an optimizer that keeps less.
-# The last row has weights of 16 bits and 2,048 tokens a row.
-# No room is left for context and workspaces.
-#
-# ### Try the others: which moment is the peak?
 
 
 # %% explore-widget tags=["nbval-ignore-output", "widget"]
@@ -642,7 +653,7 @@ assert whole in few.values() and "too much" in sentence
 figure
 
 # %% recap [markdown]
-# One row of GPT-2 large just fits in 16 GB, and eight in eight micro-batches do not: it was the copy of the gradients.
+# One row of GPT-2 large takes 15.48 GB and fits in 16; eight in eight micro-batches take 16.04: the collected gradients tip it.
 #
 # ## Recap
 #
