@@ -11,7 +11,8 @@ import io
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import ipywidgets
@@ -24,44 +25,7 @@ from gradaccum.interrupts import say_stopped
 
 Item = TypeVar("Item")
 NO_GUESS = "Where you commit a guess before you run the next cell, a table here says how it did."
-
-# ipywidgets gives a slider no name and only an index as its value, a picture no text, and says no change aloud.
-# Where this does not run, the view works all the same.
-IN_THE_BROWSER = """<style>.gradaccum-view .widget-readout { flex-shrink: 0; }</style><script>(() => {
-    const set = (node, name, value) => node.getAttribute(name) === value || node.setAttribute(name, value);
-    const name = view => {
-        for (const handle of view.querySelectorAll("[role=slider], .ui-slider-handle")) {
-            const [label, readout] = [".widget-label", ".widget-readout"].map(
-                part => handle.closest(".widget-hslider")?.querySelector(part)?.textContent ?? "");
-            set(handle, "role", "slider");
-            set(handle, "aria-label", label);
-            set(handle, "aria-valuetext", readout);
-        }
-        const asked = view.querySelector(".gradaccum-asks .widget-html-content");
-        if (asked) {
-            set(view, "role", "group");
-            set(view, "aria-label", asked.textContent);
-        }
-        for (const text of view.querySelectorAll(".gradaccum-says .widget-html-content")) {
-            set(text, "aria-live", "polite");
-            view.querySelectorAll("img").forEach(picture => set(picture, "alt", text.textContent.trim()));
-        }
-    };
-    const found = () => {
-        const views = document.querySelectorAll(".gradaccum-view:not([data-named])");
-        for (const view of views) {
-            view.dataset.named = "";
-            new MutationObserver(() => name(view)).observe(
-                view, {subtree: true, childList: true, characterData: true, attributeFilter: ["aria-valuetext"]});
-            name(view);
-        }
-        return views.length;
-    };
-    if (found()) return;
-    const wait = new MutationObserver(() => found() && wait.disconnect());  // the view may come after this
-    wait.observe(document.body, {subtree: true, childList: true});
-    setTimeout(() => wait.disconnect(), 60000);
-})()</script>"""
+STYLE = ".gradaccum-view .widget-readout { flex-shrink: 0 }"
 
 
 class Prediction:
@@ -334,7 +298,14 @@ def _view(parts: Sequence[Any]) -> Any:
 
 def _show(view: Any) -> None:
     display(view)
-    display(HTML(IN_THE_BROWSER))
+    display(HTML(_in_the_browser()))
+
+
+@cache
+def _in_the_browser() -> str:
+    """Return what a view has with it: how it is laid out, and the script that names its parts."""
+    script = Path(__file__).with_name("widgets.js").read_text("utf-8")
+    return f"<style>{STYLE}</style><script>{script}</script>"
 
 
 def _png(figure: Figure) -> bytes:

@@ -33,7 +33,7 @@ class Display:
     @property
     def view(self):
         """The last view; what gives its parts their names in the browser is shown after it."""
-        assert self.shown[-1].data == widgets.IN_THE_BROWSER
+        assert self.shown[-1].data == widgets._in_the_browser()
         return self.shown[-2]
 
 
@@ -265,7 +265,7 @@ def test_the_browser_finds_what_it_names(explored, screen):
     assert said is prediction.status
     assert "gradaccum-says" in said._dom_classes
     for name in ("view", "says", "asks"):
-        assert f".gradaccum-{name}" in widgets.IN_THE_BROWSER
+        assert f".gradaccum-{name}" in widgets._in_the_browser()
 
 
 @pytest.mark.parametrize("stop_early", [False, True])
