@@ -14,6 +14,7 @@ from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
+import nbformat
 import psutil
 from playwright.sync_api import sync_playwright
 
@@ -56,6 +57,15 @@ def free_port():
         return free.getsockname()[1]
 
 
+def copy_notebooks(root):
+    """Copy the notebooks as a learner opens them: they name the Python that runs them, as JupyterLab would."""
+    shutil.copytree(ROOT / "notebooks", root / "notebooks", ignore=shutil.ignore_patterns(".*", "source"))
+    for path in root.rglob("*.ipynb"):
+        notebook = nbformat.read(path, as_version=4)
+        notebook.metadata.language_info.version = sys.version.split()[0]
+        nbformat.write(notebook, path)
+
+
 class Lab:
     """JupyterLab as `make lab` starts it, but from a copy of the notebooks and without the user's settings."""
 
@@ -63,11 +73,11 @@ class Lab:
         spec = importlib.util.spec_from_file_location("make_for_the_browser", ROOT / "make.py")
         make = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(make)
-        hidden = shutil.ignore_patterns(".*", "source")
-        shutil.copytree(ROOT / "notebooks", folder / "root" / "notebooks", ignore=hidden)
+        self.root = folder / "root"
+        copy_notebooks(self.root)
         port = free_port()
         self.address = f"http://127.0.0.1:{port}"
-        options = [*make.lab_options(folder / "root"), "--no-browser", "--LabApp.expose_app_in_browser=True"]
+        options = [*make.lab_options(self.root), "--no-browser", "--LabApp.expose_app_in_browser=True"]
         options += [f"--ServerApp.port={port}", "--ServerApp.port_retries=0"]
         env = make.child_environment() | {"JUPYTER_TOKEN": "secret", "OMP_NUM_THREADS": "1"}
         env |= {f"JUPYTER_{name}_DIR": str(folder / name) for name in ("CONFIG", "DATA", "RUNTIME")}

@@ -62,6 +62,20 @@ def notebook(request, chromium, lab):
     notebook.close()
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_it_opens_unchanged_and_closes_unasked(chromium, lab, path):
+    before = (lab.root / path).read_bytes()
+    notebook = Notebook(chromium, lab.address, path)
+    assert not notebook.page.evaluate("() => context.model.dirty")
+    expect(notebook.page.locator(".jp-mod-dirty")).to_have_count(0)  # JupyterLab's mark on the tab
+    notebook.do("application:close")
+    assert notebook.pop_ups() == []
+    assert notebook.page.evaluate("() => context.isDisposed")
+    notebook.page.evaluate("() => jupyterapp.serviceManager.sessions.shutdownAll()")
+    notebook.page.close()
+    assert (lab.root / path).read_bytes() == before
+
+
 def calls(notebook):
     """Yield each cell's id, with each assignment and call in it."""
     for cell, content in notebook.code_cells().items():

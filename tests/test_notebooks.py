@@ -19,6 +19,9 @@ import launch
 import nbformat
 import psutil
 import pytest
+from ipykernel.kernelspec import KERNEL_NAME, get_kernel_dict
+from jupyter_client import KernelManager
+from nbval.kernel import CURRENT_ENV_KERNEL_NAME, NbvalKernelspecManager
 from nbval.plugin import coalesce_streams
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -359,6 +362,26 @@ def test_the_builder_refuses(folder, cell, sentence):
         build.read_source(source)
 
 
+def test_the_metadata_is_all_that_a_kernel_says():
+    # JupyterLab copies what the kernel and its specification say: whatever differs, a notebook is changed once opened.
+    manager = KernelManager(kernel_name=CURRENT_ENV_KERNEL_NAME, kernel_spec_manager=NbvalKernelspecManager())
+    manager.start_kernel()
+    client = manager.client()
+    client.start_channels()
+    try:
+        client.wait_for_ready(timeout=60)
+        said = client.kernel_info(reply=True, timeout=60)["content"]["language_info"]
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    kept = build.METADATA["language_info"]
+    assert said.pop("version") == sys.version.split()[0]
+    assert said == {key: value for key, value in kept.items() if key != "version"}
+    spec = get_kernel_dict()
+    named = {key: spec[key] for key in ("display_name", "language")}
+    assert {"kernelspec": {**named, "name": KERNEL_NAME}, "language_info": kept} == build.METADATA
+
+
 def test_the_builder_makes_a_notebook_and_notices_each_difference(folder, capsys):
     made = folder / "01_small.ipynb"
     assert build.main(["01_small"]) == 0
@@ -378,7 +401,7 @@ def test_the_builder_makes_a_notebook_and_notices_each_difference(folder, capsys
         ("# A title", "# Another"): "cell 'promise' has another source",
         ('"id": "setup"', '"id": "set-up"'): "cell 'setup' is missing",
         ('"widget"', '"skip"'): "cell 'view' has another metadata",
-        ('"name": "python"\n', '"name": "python",\n   "version": "3"\n'): "the notebook has another metadata",
+        ('"version": "3.11.0"', '"version": "3.11.1"'): "the notebook has another metadata",
         ('"nbformat_minor": 5', '"nbformat_minor": 4'): "the notebook has another nbformat_minor",
         (' "cells"', '  "cells"'): "the file is laid out by another program",
     }

@@ -35,9 +35,22 @@ from nbval.kernel import CURRENT_ENV_KERNEL_NAME, NbvalKernelspecManager
 
 SOURCE = Path(__file__).resolve().parent
 NOTEBOOKS = SOURCE.parent
+# All that JupyterLab writes when it has a kernel: where a key is missing or differs, a notebook is changed once opened.
 METADATA = {
-    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-    "language_info": {"name": "python"},
+    "kernelspec": {
+        "display_name": "Python 3 (ipykernel)",
+        "language": "python",
+        "name": "python3",
+    },
+    "language_info": {
+        "codemirror_mode": {"name": "ipython", "version": 3},
+        "file_extension": ".py",
+        "mimetype": "text/x-python",
+        "name": "python",
+        "nbconvert_exporter": "python",
+        "pygments_lexer": "ipython3",
+        "version": "3.11.0",
+    },
 }
 # A widget cell also carries `nbval-ignore-output`: what it shows is a live view, the cell after it tests the numbers.
 TAGS = {"nbval-ignore-output", "widget"}
