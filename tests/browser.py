@@ -14,7 +14,6 @@ from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
-import nbformat
 import psutil
 from playwright.sync_api import sync_playwright
 
@@ -57,15 +56,6 @@ def free_port():
         return free.getsockname()[1]
 
 
-def copy_notebooks(root):
-    """Copy the notebooks as a learner opens them: they name the Python that runs them, as JupyterLab would."""
-    shutil.copytree(ROOT / "notebooks", root / "notebooks", ignore=shutil.ignore_patterns(".*", "source"))
-    for path in root.rglob("*.ipynb"):
-        notebook = nbformat.read(path, as_version=4)
-        notebook.metadata.language_info.version = sys.version.split()[0]
-        nbformat.write(notebook, path)
-
-
 class Lab:
     """JupyterLab as `make lab` starts it, but from a copy of the notebooks and without the user's settings."""
 
@@ -74,7 +64,9 @@ class Lab:
         make = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(make)
         self.root = folder / "root"
-        copy_notebooks(self.root)
+        make.WORK = self.root / "notebooks"
+        make.RECORD = make.WORK / ".copied.json"
+        make.copy_notebooks()
         port = free_port()
         self.address = f"http://127.0.0.1:{port}"
         options = [*make.lab_options(self.root), "--no-browser", "--LabApp.expose_app_in_browser=True"]
