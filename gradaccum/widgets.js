@@ -1,6 +1,7 @@
 // Shown beside each view, once for each: where this does not run, the view works all the same.
 (() => {
     const set = (node, name, value) => node.getAttribute(name) === value || node.setAttribute(name, value);
+
     // ipywidgets gives a slider no name and only an index as its value, a picture no text, and says no change aloud.
     const name = view => {
         for (const handle of view.querySelectorAll("[role=slider], .ui-slider-handle")) {
@@ -20,6 +21,41 @@
             view.querySelectorAll("img").forEach(picture => set(picture, "alt", text.textContent.trim()));
         }
     };
+
+    // After a guess the focus goes on to JupyterLab's next cell, so that Shift+Enter runs that: in a box the key does
+    // nothing, at a button it asks again. It stays while another question of the cell is open, and where a guess is
+    // taken because the reader leaves the box: they are on their way elsewhere. It does not wait for the kernel to take
+    // the guess: a screen reader would break off that sentence when the focus moves.
+    const asks = view => view.querySelector(".gradaccum-asks");
+    const guessed = (view, pressed) => {
+        const [box, button] = ["input", "button"].map(kind => view.querySelector(kind));
+        if (box && !box.value.trim()) {
+            if (pressed === box) button.click();  // Enter sends nothing new, and the sentence would not come
+            return;
+        }
+        const views = [...view.closest(".jp-Cell")?.querySelectorAll(".gradaccum-view") ?? []];
+        const open = views.some(other => other !== view && asks(other) && !other.querySelector(".gradaccum-taken"));
+        if (!open && !view.closest(".jupyter-widgets-disconnected")) goOn(view);
+    };
+    const goOn = (view, frames = 60) => {
+        const cell = view.closest(".jp-Cell");
+        if (!cell?.contains(document.activeElement)) return;
+        // JupyterLab may not have drawn it yet: the node that comes next is then another cell's.
+        const at = Number(cell.dataset.windowedListIndex) + 1;
+        const next = at ? cell.parentElement.querySelector(`[data-windowed-list-index="${at}"]`)
+            : cell.nextElementSibling;
+        const drawn = next?.offsetHeight > 0;
+        if (drawn) next.focus({preventScroll: true});  // a long cell would push the question off the page
+        view.scrollIntoView({block: drawn ? "nearest" : "center"});
+        if (!drawn && frames) requestAnimationFrame(() => goOn(view, frames - 1));
+    };
+    const listen = view => {
+        const later = pressed => pressed && asks(view) && setTimeout(guessed, 0, view, pressed);
+        // On the way down, since ipywidgets lets no key of a box come up; later, since Enter has yet to send the text.
+        view.addEventListener("keypress", event => event.key === "Enter" && later(event.target.closest("input")), true);
+        view.addEventListener("click", event => later(event.target.closest("button")));
+    };
+
     const found = () => {
         const views = document.querySelectorAll(".gradaccum-view:not([data-named])");
         for (const view of views) {
@@ -27,6 +63,7 @@
             new MutationObserver(() => name(view)).observe(
                 view, {subtree: true, childList: true, characterData: true, attributeFilter: ["aria-valuetext"]});
             name(view);
+            listen(view);
         }
         return views.length;
     };

@@ -25,7 +25,8 @@ from gradaccum.interrupts import say_stopped
 
 Item = TypeVar("Item")
 NO_GUESS = "Where you commit a guess before you run the next cell, a table here says how it did."
-STYLE = ".gradaccum-view .widget-readout { flex-shrink: 0 }"
+# The margin is where the next cell begins: it is seen after a guess, when the view comes into sight.
+STYLE = ".gradaccum-view { scroll-margin-bottom: 6em } .gradaccum-view .widget-readout { flex-shrink: 0 }"
 
 
 class Prediction:
@@ -70,6 +71,7 @@ class Prediction:
             self.status.value = "Give a guess first: any guess beats none."
             return
         self.guess = guess.strip()
+        self.status.add_class("gradaccum-taken")
         said = f"You said <b>{html.escape(self.guess)}</b>."
         self.status.value = f"{said} Now run the next cell."
         if self._shown is not None:
@@ -147,7 +149,7 @@ def predict(question: str, choices: Sequence[str] | Mapping[str, float] = ()) ->
     """
     say_stopped()
     prediction = _asked.get(question)
-    # Whoever has clicked on a button and presses Shift + Enter runs this again: that must not take their guess away.
+    # Whoever presses Shift + Enter at a button that keeps the focus runs this again: their guess is theirs still.
     if prediction is None or prediction.guess is None or prediction.choices != list(choices):
         prediction = _asked[question] = Prediction(question, choices)
     _show(prediction.view())
@@ -303,7 +305,7 @@ def _show(view: Any) -> None:
 
 @cache
 def _in_the_browser() -> str:
-    """Return what a view has with it: how it is laid out, and the script that names its parts."""
+    """Return what a view has with it: how it is laid out, and the script that names its parts and moves the focus."""
     script = Path(__file__).with_name("widgets.js").read_text("utf-8")
     return f"<style>{STYLE}</style><script>{script}</script>"
 

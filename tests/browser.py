@@ -134,6 +134,23 @@ class Notebook:
         cells = self.page.evaluate("() => context.model.toJSON().cells")
         return {cell["id"]: cell for cell in cells if cell["cell_type"] == "code"}
 
+    def counts(self):
+        """The number that each code cell has from its last run."""
+        return {cell: content["execution_count"] for cell, content in self.code_cells().items()}
+
+    def wait_for_run(self, cell, counts):
+        """Wait until a cell has another number than it had."""
+        changed = "([id, count]) => cell(id).model.executionCount && cell(id).model.executionCount !== count"
+        self.page.wait_for_function(changed, arg=[cell, counts[cell]], timeout=60_000)
+
+    def focus(self):
+        """The cell that has the focus, if JupyterLab agrees that it is the active one, and the notebook's mode."""
+        return tuple(
+            self.page.evaluate("""() => [
+                document.activeElement === nb.activeCell.node && nb.activeCell.model.sharedModel.getId(), nb.mode,
+            ]""")
+        )
+
     def do(self, command, **options):
         """Carry out a command of JupyterLab's menus, to its end."""
         self.page.evaluate("([command, options]) => begin(command, options)", [command, options])
@@ -155,6 +172,10 @@ class Notebook:
             }""",
             [cell, mode],
         )
+
+    def cell(self, cell):
+        """A cell's node."""
+        return self.page.locator(f".jp-Cell[data-cell='{cell}']")
 
     def output(self, cell, inside=""):
         """What a cell shows below its code."""

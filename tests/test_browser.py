@@ -11,11 +11,13 @@ import statistics
 import time
 from urllib.parse import urlsplit
 
+import build
+import nbformat
 import pytest
 from browser import ROOT, Lab, Notebook, start_chromium
 from playwright.sync_api import expect, sync_playwright
 
-from gradaccum import exercises
+from gradaccum import exercises, widgets
 from gradaccum.interrupts import STOPPED
 
 pytestmark = pytest.mark.browser
@@ -134,8 +136,17 @@ def test_every_guess_opens_its_answer_by_keyboard_and_by_mouse(notebook):
         expect(notebook.output(revealed[name])).to_contain_text(f"You said {guess}. Measured:")
         expect(output.locator("input:enabled")).to_have_count(0)
         expect(output.locator("button:enabled")).to_have_count(1)  # the one that was pressed has the focus
+        if cell not in [other for other, _ in list(asked.values())[number + 1 :]]:
+            assert notebook.focus() == (revealed[name], "command")
         if number == 0:
-            page.keyboard.press("Shift+Enter")  # this asks again, and must not take the guess away
+            counts = notebook.counts()
+            page.keyboard.press("Shift+Enter")
+            expect(notebook.output(revealed[name])).to_contain_text(f"You said {guess}. Measured:")
+            notebook.wait_for_run(revealed[name], counts)
+            assert notebook.counts()[cell] == counts[cell], "the question was asked again"
+            notebook.select(cell)
+            page.keyboard.press("Control+Enter")  # this asks again, and must not take the guess away
+            notebook.wait_for_run(cell, counts)
             expect(output).to_contain_text(f"You said {guess}.")
         said[question] = guess
     for cell in looks_back:
@@ -147,6 +158,200 @@ def test_every_guess_opens_its_answer_by_keyboard_and_by_mouse(notebook):
         cells = [row.locator("td").all_inner_texts() for row in rows.all()[1:]]
         assert {question: guess for question, guess, *_ in cells} == said
         assert all(all(row) and len(row) == 4 for row in cells)
+
+
+QUESTIONS = {
+    "setup": "from gradaccum import widgets",
+    "box": "box = widgets.predict('How many?')",
+    "box-run": "box.reveal(4.0, 'of them')",
+    "commit": "commit = widgets.predict('How many more?')",
+    "commit-run": "commit.reveal(4.0, 'more')",
+    "click": "click = widgets.predict('Which one?', choices=['this', 'that'])",
+    "click-run": "click.reveal('this', 'it is')",
+    "space": "space = widgets.predict('Which other one?', choices=['this', 'that'])",
+    "space-run": "space.reveal('this', 'it is')",
+    "two": "one, other = widgets.predict('One?'), widgets.predict('Two?', choices=['this', 'that'])",
+    "prose": "*Look at it.*",
+    "two-run": "one.reveal(4.0, 'one'); other.reveal('this', 'two')",
+    **{f"far-{number}": "A line.\n\n" * 20 for number in range(9)},
+}
+
+
+def open_questions(chromium, lab):
+    """Open a notebook of questions; none is asked yet."""
+    kinds = {name: "markdown" if name.startswith(("prose", "far")) else "code" for name in QUESTIONS}
+    cells = [getattr(nbformat.v4, f"new_{kinds[name]}_cell")(text, id=name) for name, text in QUESTIONS.items()]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=build.METADATA), lab.root / "questions.ipynb")
+    return Notebook(chromium, lab.address, "questions.ipynb")
+
+
+@pytest.fixture(scope="module")
+def questions(chromium, lab):
+    notebook = open_questions(chromium, lab)
+    yield notebook
+    assert notebook.errors == []
+    notebook.close()
+
+
+def ask(notebook, cell):
+    """Ask a cell's questions for the first time; return their views, boxes and buttons."""
+    notebook.ask(f"{QUESTIONS['setup']}; widgets._asked.clear()")
+    notebook.do("notebook:clear-all-cell-outputs")
+    notebook.select(cell)
+    notebook.page.keyboard.press("Control+Enter")
+    views = notebook.output(cell, ".gradaccum-view[data-named]")
+    expect(views).to_have_count(1 + (cell == "two"))
+    return views, views.locator("input"), views.locator("button")
+
+
+@pytest.mark.parametrize("way", ["box", "commit", "click", "space"])
+def test_after_a_guess_one_key_runs_the_next_cell(questions, way):
+    notebook, keyboard, following = questions, questions.page.keyboard, f"{way}-run"
+    view, box, buttons = ask(notebook, way)
+    guess = "12" if way in ("box", "commit") else "that"
+    if guess == "12":
+        box.click()
+        keyboard.type(guess)
+    if way == "box":
+        keyboard.press("Enter")
+    elif way == "space":
+        notebook.tab_to(way, buttons.last)
+        keyboard.press("Space")
+    else:
+        buttons.last.click()
+    expect(notebook.cell(following)).to_be_focused()
+    assert notebook.focus() == (following, "command")
+    counts = notebook.counts()
+    keyboard.press("Shift+Enter")
+    notebook.wait_for_run(following, counts)
+    expect(notebook.output(following)).to_have_text(re.compile(f"^You said {guess}. Measured: (4|this) "))
+    expect(view).to_contain_text(f"You said {guess}. ")
+    after = notebook.counts()
+    assert {cell for cell in counts if counts[cell] != after[cell]} == {following}, "the question was asked again"
+
+
+def test_the_focus_stays_without_a_guess(questions):
+    page = questions.page
+    for empty in ("", "  "):
+        view, box, commit = ask(questions, "box")
+        box.click()
+        page.keyboard.type(empty)
+        page.keyboard.press("Enter")
+        expect(view).to_contain_text("Give a guess first")
+        page.wait_for_timeout(300)
+        expect(box).to_be_focused()
+    view, box, commit = ask(questions, "box")
+    commit.click()
+    expect(view).to_contain_text("Give a guess first")
+    page.wait_for_timeout(300)
+    expect(commit).to_be_focused()
+    page.evaluate("() => context.sessionContext.session.kernel.restart()")
+    expect(questions.output("box", ".jupyter-widgets-disconnected")).not_to_have_count(0)  # nobody hears the view now
+    box.click()
+    page.keyboard.type("12")
+    page.keyboard.press("Enter")
+    page.wait_for_timeout(300)
+    expect(box).to_be_focused()
+    assert all("Cannot send" in error for error in questions.errors)
+    questions.errors.clear()  # ipywidgets says so of the last guess
+
+
+def test_who_leaves_the_box_goes_where_they_want(questions):
+    page = questions.page
+    view, box, commit = ask(questions, "box")
+    box.click()
+    page.keyboard.type("12")
+    page.keyboard.press("Tab")
+    expect(view).to_contain_text("You said 12.")
+    page.wait_for_timeout(300)
+    expect(commit).to_be_focused()
+    page.keyboard.press("Space")  # the guess is taken already, and now they are done
+    expect(questions.cell("box-run")).to_be_focused()
+    view, box, commit = ask(questions, "commit")
+    box.click()
+    page.keyboard.type("12")
+    questions.cell("setup").locator(".jp-InputPrompt").first.click()
+    expect(view).to_contain_text("You said 12.")
+    page.wait_for_timeout(300)
+    assert questions.focus() == ("setup", "command")
+
+
+def test_the_sentence_comes_after_the_focus(questions):
+    """A screen reader says what changes in a live region, and breaks off where the focus moves."""
+    page = questions.page
+    view, box, _ = ask(questions, "box")
+    said = view.locator(".gradaccum-says [aria-live=polite]")
+    said.evaluate("""node => {
+        window.order = [];
+        document.addEventListener("focusin", event => order.push(event.target.closest(".jp-Cell")?.dataset.cell));
+        new MutationObserver(() => order.push(node.textContent.trim())).observe(node, {subtree: true, childList: true});
+    }""")
+    box.click()
+    page.keyboard.type("12")
+    page.keyboard.press("Enter")
+    expect(said).to_have_text("You said 12. Now run the next cell.")
+    assert page.evaluate("() => order") == ["box", "box-run", "You said 12. Now run the next cell."]
+    expect(said).to_be_in_viewport()
+
+
+def test_the_focus_stays_for_a_second_question(questions):
+    keyboard = questions.page.keyboard
+    views, box, buttons = ask(questions, "two")
+    box.click()
+    keyboard.type("12")
+    keyboard.press("Enter")
+    expect(views.first).to_contain_text("You said 12.")
+    questions.page.wait_for_timeout(300)
+    expect(box).to_be_focused()
+    buttons.last.click()
+    expect(questions.cell("prose")).to_be_focused()
+    for cell in ("prose", "two-run"):  # the first press shows the text and goes on
+        assert questions.focus() == (cell, "command")
+        keyboard.press("Shift+Enter")
+    expect(questions.output("two-run")).to_contain_text("You said 12. Measured: 4 one")
+
+
+def test_a_next_cell_is_found_before_it_is_drawn(chromium, tmp_path):
+    settings = tmp_path / "CONFIG/lab/user-settings/@jupyterlab/notebook-extension/tracker.jupyterlab-settings"
+    settings.parent.mkdir(parents=True)
+    settings.write_text('{"windowingMode": "full"}')  # what is off the screen is not drawn, a cell or two excepted
+    lab = Lab(tmp_path)
+    try:
+        notebook = open_questions(chromium, lab)
+        views, box, buttons = ask(notebook, "two")
+        buttons.last.click()
+        box.click()
+        notebook.page.keyboard.type("12")
+        notebook.page.mouse.wheel(0, 5000)
+        expect(notebook.cell("prose")).to_have_count(0)
+        notebook.page.keyboard.press("Enter")
+        expect(notebook.cell("prose")).to_be_focused()
+        assert notebook.focus() == ("prose", "command")
+        expect(views.first).to_be_in_viewport()
+        assert notebook.errors == []
+        notebook.close()
+    finally:
+        lab.stop()
+
+
+def test_outside_of_jupyterlab_the_focus_stays(chromium):
+    page, errors, clicks = chromium.new_page(), [], []
+    page.on("pageerror", lambda error: errors.append(error))
+    page.expose_function("clicked", lambda: clicks.append(None))
+    button = "<button onclick='clicked()'>Commit</button>"
+    view = f"<div class=gradaccum-view><div class=gradaccum-asks>How many?</div><input>{button}</div>"
+    page.set_content(f"<div tabindex=0>{view}</div><div tabindex=0></div>{widgets._in_the_browser()}")
+    box, commit = page.locator("input"), page.locator("button")
+    box.press("Enter")
+    page.wait_for_timeout(300)
+    assert len(clicks) == 1  # the button has it said that a guess is missing
+    box.fill("12")
+    for target in (box, commit):
+        target.press("Enter")
+        page.wait_for_timeout(300)
+        expect(target).to_be_focused()
+    assert [len(clicks), *errors] == [2]
+    page.close()
 
 
 class View:

@@ -264,7 +264,10 @@ def test_the_browser_finds_what_it_names(explored, screen):
     assert "gradaccum-asks" in asked._dom_classes
     assert said is prediction.status
     assert "gradaccum-says" in said._dom_classes
-    for name in ("view", "says", "asks"):
+    assert "gradaccum-taken" not in said._dom_classes
+    prediction.commit("4")
+    assert "gradaccum-taken" in said._dom_classes
+    for name in ("view", "says", "asks", "taken"):
         assert f".gradaccum-{name}" in widgets._in_the_browser()
 
 
