@@ -55,11 +55,11 @@ def test_the_worked_solutions_are_those_of_the_sources(tmp_path, monkeypatch):
 @each_lesson
 def test_every_question_has_its_cells_its_points_and_a_readable_id(lesson):
     notebook = handed_out(lesson)
-    ids = [question.id.replace(".", "-") for question in exercises.questions(lesson)]
+    ids = [question.id.replace(".", "-") for question in exercises.questions_of(lesson)]
     for role in ("exercise", "answer", "try", "check", "hints"):
         assert [cell.id for cell in cells(notebook, role)] == [f"{role}-{one}" for one in ids]
     for question, text, check in zip(
-        exercises.questions(lesson), cells(notebook, "exercise"), cells(notebook, "check"), strict=True
+        exercises.questions_of(lesson), cells(notebook, "exercise"), cells(notebook, "check"), strict=True
     ):
         assert text.source.startswith(f"## Exercise {question.id} {question.title}\n")
         pattern = rf"\n\ndifficulty [1-5]/5 \| \d+ minutes \| {question.points} points?\n"
@@ -68,7 +68,7 @@ def test_every_question_has_its_cells_its_points_and_a_readable_id(lesson):
         assert check.metadata.nbgrader.points == question.points
         assert check.metadata.nbgrader.grade_id == check.id
         assert re.fullmatch(rf'check\("{re.escape(question.id)}", \w+\)', check.source)
-    total = sum(question.points for question in exercises.questions(lesson))
+    total = sum(question.points for question in exercises.questions_of(lesson))
     assert f" {total} points" in notebook.cells[0].source
     assert notebook.cells[-2].source == f"exercises.scorecard({lesson})"
     links = re.findall(r"\]\((\S+?)\)", "\n".join(cell.source for cell in notebook.cells))
@@ -166,7 +166,7 @@ def test_an_example_says_what_comes_out(lesson):
 def test_solved_it_has_full_points_and_nbval_finds_the_same_again(tmp_path):
     for lesson in exercises.LESSONS:
         notebook = run(solved(lesson))
-        assert scores(notebook) == {question.id: question.points for question in exercises.questions(lesson)}
+        assert scores(notebook) == {question.id: question.points for question in exercises.questions_of(lesson)}
         notebook.metadata = build.METADATA
         nbformat.write(notebook, tmp_path / f"solved_{lesson:02}.ipynb")
     options = ["-p", "no:cacheprovider", "-o", "addopts=", "--nbval", "--nbval-current-env", "-q"]

@@ -1,6 +1,6 @@
 """The graded exercises: `check` an answer, try it, see the `scorecard`, open the `solution`, or `reset` a cell.
 
-One file per exercise notebook holds its questions, their oracles and their known mistakes: `lesson_01.py` and so on.
+Each question is a file in `questions/`, with its properties, their oracles and its known mistakes.
 """
 
 from __future__ import annotations
@@ -8,7 +8,10 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import traceback
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +19,33 @@ from IPython.core.getipython import get_ipython
 from IPython.display import Code, display
 
 from gradaccum.exercises.cards import Score, Scorecard
-from gradaccum.exercises.checking import grade
-from gradaccum.exercises.question import Answer, Question
+from gradaccum.exercises.judge import grade
+from gradaccum.exercises.question import Answer, Question, known_mistakes
+from gradaccum.exercises.run import SECONDS, TimeUp, at_most
 from gradaccum.interrupts import say_stopped
 
-__all__ = ["Score", "Scorecard", "attempt", "check", "find", "questions", "reset", "scorecard", "solution"]
+__all__ = ["Score", "Scorecard", "attempt", "check", "find", "questions_of", "reset", "scorecard", "solution"]
 
-LESSONS = (1, 2, 3, 4, 5, 6)
+# Questions are found by listing this folder: a new question is a new file and nothing else.
+_FILES = [re.fullmatch(r"q(\d+)_(\d+)\.py", path.name) for path in Path(__file__).with_name("questions").glob("q*.py")]
+_NUMBERS = sorted((int(match[1]), int(match[2])) for match in _FILES if match)
+IDENTIFIERS = tuple(f"{lesson}.{number}" for lesson, number in _NUMBERS)
+LESSONS = tuple(sorted({lesson for lesson, _ in _NUMBERS}))
 # Made from the notebooks' sources, where each answer stands once. An instructor may delete it.
 ANSWERS = Path(__file__).with_name("answers.json")
 _scores: dict[str, Score] = {}
 
 
-def questions(lesson: int) -> tuple[Question, ...]:
+def questions_of(lesson: int) -> tuple[Question, ...]:
     """Return the questions of a lesson, in order.
 
     Example:
-        >>> [question.id for question in questions(3)]
+        >>> [question.id for question in questions_of(3)]
         ['3.1', '3.2', '3.3']
     """
     if lesson not in LESSONS:
         raise ValueError(f"There is no lesson {lesson!r} with exercises: choose one of {LESSONS}.")
-    found: tuple[Question, ...] = importlib.import_module(f"gradaccum.exercises.lesson_{lesson:02}").QUESTIONS
-    return found
+    return tuple(find(each) for each in IDENTIFIERS if each.startswith(f"{lesson}."))
 
 
 def find(identifier: str) -> Question:
@@ -51,14 +58,18 @@ def find(identifier: str) -> Question:
         >>> find("3.2").points
         2
     """
-    head = str(identifier).partition(".")[0]
-    lesson = int(head) if head.isdecimal() else 0
-    known = questions(lesson) if lesson in LESSONS else ()
-    for question in known:
-        if question.id == identifier:
-            return question
-    ids = ", ".join(each.id for each in known) or ", ".join(f"{n}.1" for n in LESSONS)
-    raise ValueError(f"There is no exercise {identifier!r}: there is {ids}.")
+    if identifier in IDENTIFIERS:
+        return _loaded(identifier)
+    head = f"{str(identifier).partition('.')[0]}."
+    near = [each for each in IDENTIFIERS if each.startswith(head)] or [f"{lesson}.1" for lesson in LESSONS]
+    raise ValueError(f"There is no exercise {identifier!r}: there is {', '.join(near)}.")
+
+
+@cache
+def _loaded(identifier: str) -> Question:
+    module = importlib.import_module(f"{__name__}.questions.q{identifier.replace('.', '_')}")
+    question: Question = module.QUESTION
+    return replace(question, id=identifier, mistakes=known_mistakes(vars(module)))
 
 
 def check(identifier: str, answer: Answer) -> Score:
@@ -97,10 +108,13 @@ def attempt(function: Answer, *args: Any, **kwargs: Any) -> None:
     """
     say_stopped()
     try:
-        if (value := function(*args, **kwargs)) is not None:
-            print(value)
+        with at_most(SECONDS):
+            if (value := function(*args, **kwargs)) is not None:
+                print(value)
     except NotImplementedError:
         print("Not written yet.")
+    except TimeUp:
+        print(f"Stopped after {SECONDS:g} seconds: does a loop never end?")
     except Exception as error:
         frames = [each for each in traceback.extract_tb(error.__traceback__) if "ipykernel" in each.filename]
         lines = [f"line {each.lineno} of {each.name}: {each.line}" for each in frames]
@@ -114,7 +128,7 @@ def scorecard(lesson: int) -> Scorecard:
         >>> scorecard(3).possible
         11
     """
-    return Scorecard(questions(lesson), _scores)
+    return Scorecard(questions_of(lesson), _scores)
 
 
 def solution(identifier: str) -> None:

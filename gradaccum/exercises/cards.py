@@ -5,8 +5,9 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
-from gradaccum.exercises.checking import Outcome, Result
-from gradaccum.exercises.question import Difference, Question
+from gradaccum.exercises.compare import Difference
+from gradaccum.exercises.judge import Outcome, Result
+from gradaccum.exercises.question import Question
 
 # White on each is 4.5:1 or more, for the badges; each is 3:1 or more on the page of a light and of a dark theme (#fff,
 # #111, #212121), for the border. All other text takes the theme's own colour.
@@ -52,6 +53,8 @@ def _headline(outcome: Outcome) -> str:
 def _worth(result: Result) -> str:
     if result.points == 0:
         return "no points, but it held in the given code"
+    if result.points < 0:
+        return f"{-result.points} point off"
     return f"{result.points} point{'' if result.points == 1 else 's'}"
 
 

@@ -1,13 +1,20 @@
-"""What the questions share: a small model, windows of data, and gradients as plain numbers. All in float64."""
+"""What probes use: small models, windows of data, plain numbers, functions made from text; all in float64.
+
+A probe may be run in a process that has no question files, only this one: what it needs is here or it imports it.
+"""
 
 from __future__ import annotations
 
+import inspect
+import textwrap
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy  # noqa: F401 - for the texts that `function_of` takes
 
-from gradaccum.exercises.question import Difference
+from gradaccum.exercises.compare import Difference
 from gradaccum.memory import measure_memory
 from gradaccum.models import embedding_linear
 
@@ -59,6 +66,13 @@ def plain_number(value: object) -> object:
     return float(value) if hasattr(value, "__float__") else value
 
 
+def peak_beyond_start(run: Callable[[], object], *known: object) -> int:
+    """Return the most bytes held while `run` runs, beyond those of what is `known` at its start."""
+    with measure_memory(*known) as memory:
+        run()
+    return memory.peak_bytes - memory.start_bytes
+
+
 def at_most(unit: str) -> Callable[[int, int], Difference | None]:
     """Make the judge of an amount that must not be larger than expected."""
     return lambda got, limit: None if got <= limit else Difference(f"at most {limit:,} {unit}", f"{got:,} {unit}")
@@ -67,21 +81,36 @@ def at_most(unit: str) -> Callable[[int, int], Difference | None]:
 at_most_bytes = at_most("bytes beyond the start")
 
 
+def text_of(function: Callable[..., object]) -> str:
+    """Return a function's source, so that a case can hold it as plain data; `function_of` makes it one again.
+
+    Example:
+        >>> function_of(text_of(classifier))(seed=1)[0].in_features
+        3
+    """
+    return textwrap.dedent(inspect.getsource(function))
+
+
+def function_of(text: str) -> Callable[..., Any]:
+    """Return the last function that a text defines; torch, nn and cross_entropy are there, and what is here."""
+    names = dict(globals())
+    exec(compile(text, "<a step>", "exec"), names)
+    return [value for name, value in names.items() if callable(value) and name not in globals()][-1]
+
+
+def update_with(fill: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a training step from what fills `.grad`; it returns what that returns."""
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: Sequence[Batch]) -> Any:
+        optimizer.zero_grad()
+        found = fill(model, micro_batches)
+        optimizer.step()
+        optimizer.zero_grad()
+        return found
+
+    return step
+
+
 def _numbers(tensors: Sequence[Tensor]) -> list[float]:
     found: list[float] = torch.cat([tensor.detach().double().flatten() for tensor in tensors]).tolist()
     return found
-
-
-__all__ = [
-    "Batch",
-    "at_most",
-    "at_most_bytes",
-    "classifier",
-    "gradient",
-    "joined",
-    "measure_memory",
-    "plain_number",
-    "samples",
-    "token_model",
-    "weights",
-]

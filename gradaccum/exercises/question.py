@@ -2,110 +2,65 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any
 
 from gradaccum import full_batch_gradient
 from gradaccum.accumulation import accumulate, windows
+from gradaccum.exercises.compare import Difference, Plain, agree
 from gradaccum.memory import plan_micro_batches, predict_memory
 
-Plain = Any  # numbers, strings, booleans, None, and lists and dicts of them: what JSON can carry
 Case = dict[str, Plain]
 Answer = Callable[..., Any]
-
-TOLERANCE = 1e-6
-"""How far an answer may be off, relative to what is expected. All data is float64, where the right answers agree to
-1e-15; but one that makes its weights in float32 is 6e-8 off and right. The wrong ones are 1e-3 off or more."""
 
 FINISHED: tuple[Answer, ...] = (windows, accumulate, full_batch_gradient, plan_micro_batches, predict_memory)
 """The module's finished functions, which an answer may not call unless its question says so."""
 
 
-class Difference(NamedTuple):
-    """How what came out differs from what was expected, in words: both values, and how they relate if that is known."""
+@dataclass(frozen=True)
+class Mistake:
+    """A wrong answer that is known, and the sentence that names it to the learner. It is called like the answer.
 
-    expected: str
-    got: str
-    relation: str = ""
+    Attributes:
+        answer: the wrong answer, as code.
+        sentence: what is wrong and what to do; true of every answer that fails in the same way.
+    """
+
+    answer: Answer
+    sentence: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the wrong answer."""
+        return self.answer(*args, **kwargs)
 
 
-def agree(got: Plain, expected: Plain) -> Difference | None:
-    """Compare plain data: counts and words exactly, a list of floats as one vector, to `TOLERANCE`.
+def mistake(sentence: str) -> Callable[[Answer], Mistake]:
+    """Return the decorator that makes a wrong answer a known mistake.
 
     Example:
-        >>> agree([2.0, 4.0], [0.5, 1.0])
-        Difference(expected='[0.5, 1]', got='[2, 4]', relation='exactly 4 times as large')
-        >>> agree({"updates": 3}, {"updates": 3}) is None
-        True
+        >>> @mistake("The sum comes back; divide it by the number of items.")
+        ... def summed(values):
+        ...     return sum(values)
+        >>> summed([1, 2]), summed.sentence
+        (3, 'The sum comes back; divide it by the number of items.')
     """
-    if isinstance(expected, dict):
-        if not isinstance(got, dict) or got.keys() != expected.keys():
-            return Difference(short(expected), short(got))
-        for key, value in expected.items():
-            if difference := agree(got[key], value):
-                return Difference(f"{key} {difference.expected}", f"{key} {difference.got}", difference.relation)
-        return None
-    if _is_vector(expected):
-        same_length = _is_vector(got, any_number=True) and len(got) == len(expected)
-        relation = _relation(got, expected) if same_length else None
-        return None if relation == "" else Difference(short(expected), short(got), relation or "")
-    if isinstance(expected, list) and isinstance(got, list) and len(got) == len(expected):
-        differences = [agree(one, other) for one, other in zip(got, expected, strict=True)]
-        return Difference(short(expected), short(got)) if any(differences) else None
-    if _is_number(expected) and _is_number(got):
-        relation = "" if got == expected else _relation([got], [expected])
-        if isinstance(expected, int) and got != expected:  # a count: a factor would say nothing
-            return Difference(short(expected), short(got), "" if relation else "close, but not exact")
-        return Difference(short(expected), short(got), relation) if relation else None
-    same = type(got) is type(expected) and got == expected
-    return None if same else Difference(short(expected), short(got))
+    return lambda answer: Mistake(answer, sentence)
 
 
-def _relation(got: Sequence[float], expected: Sequence[float]) -> str:
-    """Say how two vectors relate, "" if they are equal to the tolerance."""
-    if not all(map(math.isfinite, got)):
-        return "not finite"
-    norm = math.hypot(*expected)
-    error = math.hypot(*(one - other for one, other in zip(got, expected, strict=True)))
-    if error <= TOLERANCE * norm:
-        return ""
-    if norm == 0 or not any(got):
-        return "all zeros" if norm else "zeros were expected"
-    factor = sum(one * other for one, other in zip(got, expected, strict=True)) / norm**2
-    rest = math.hypot(*(one - factor * other for one, other in zip(got, expected, strict=True)))
-    # A single number is some factor of any other: worth saying only where it is a whole one, or one over it.
-    simple = any(
-        abs(one - round(one)) <= TOLERANCE and abs(one) <= 64 for one in (factor, 1 / factor if factor else 0.5)
-    )
-    if rest <= TOLERANCE * norm and (len(got) > 1 or simple):
-        return f"exactly {factor:.5g} times as large"
-    return f"{100 * error / norm:.3g} % off"
+def known_mistakes(names: Mapping[str, object]) -> dict[str, Mistake]:
+    """Return the mistakes among a file's names, in the order written; a dict of mistakes counts as its items.
 
-
-def _is_number(value: Plain) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_vector(value: Plain, any_number: bool = False) -> bool:
-    numbers = isinstance(value, list) and bool(value) and all(map(_is_number, value))
-    return numbers and (any_number or any(isinstance(item, float) for item in value))
-
-
-def short(value: Plain) -> str:
-    """Write plain data for a card: four digits, and no more of a long list than shows what it is."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {short(item)}" for key, item in value.items())
-    if isinstance(value, list):
-        shown = [repr(item) if isinstance(item, str) else short(item) for item in value[:6]]
-        return f"[{', '.join(shown)}{', ...' if len(value) > 6 else ''}]"
-    return f"{value:.100}" if isinstance(value, str) else f"{value!r:.100}"
+    Example:
+        >>> list(known_mistakes({"summed": mistake("...")(sum), "more": {"largest": mistake("...")(max)}, "x": 1}))
+        ['summed', 'largest']
+    """
+    found: dict[str, Mistake] = {}
+    for name, value in names.items():
+        some = value if isinstance(value, dict) and not name.startswith("_") else {name: value}
+        found |= {key: each for key, each in some.items() if isinstance(each, Mistake)}
+    return found
 
 
 @dataclass(frozen=True)
@@ -115,11 +70,12 @@ class Property:
     Attributes:
         name: what is true, for the card: "unequal micro-batches give the full batch's gradient".
         points: what it is worth. In a repair, 0 for what the given code has already: to break that costs all.
-        cases: draws the data from a seeded generator; the same in every process.
-        probe: runs the learner's function on the data of one case, and returns plain data.
+        cases: draws the data from a seeded generator, as plain data; the same in every process.
+        probe: runs the learner's function on one case, and returns plain data. It runs where its file cannot be
+            imported, so it uses `material` and what it imports itself, and nothing else of its file.
         expected: the oracle: plain data from one case, the slow and obviously right way.
-        judge: compares the two; None where they agree.
         tried: what was tried, for the card, with the case's fields: "micro-batches of {sizes} samples".
+        judge: compares the two; None where they agree.
         after: the name of another property; this one counts only where that one holds too.
         by_value: whether a mistake is recognized by what comes out here, or already by failing here (bytes).
     """
@@ -137,23 +93,23 @@ class Property:
 
 @dataclass(frozen=True)
 class Question:
-    """A graded question.
+    """A graded question. Its file gives title and properties; `exercises.find` adds what follows from the file.
 
     Attributes:
-        id: lesson and number, "3.2".
         title: as in the notebook's heading.
         properties: what is asked of an answer.
-        mistakes: wrong answers, as code; the docstring of each is the sentence that names it to the learner.
-        given: for "find the bug": the code that the learner starts from, itself one of the mistakes.
+        given: for "find the bug": the code that the learner starts from, itself a mistake.
         forbidden: finished functions of the module that the answer must not call.
+        id: lesson and number, "3.2", by the file's name.
+        mistakes: the known mistakes by name, in the order of the file.
     """
 
-    id: str
     title: str
     properties: tuple[Property, ...]
-    mistakes: tuple[Answer, ...]
     given: Answer | None = None
     forbidden: tuple[Answer, ...] = FINISHED
+    id: str = ""
+    mistakes: Mapping[str, Mistake] = field(default_factory=dict, compare=False)
 
     @property
     def points(self) -> int:

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from gradaccum import exercises
-from gradaccum.exercises.checking import grade, sentence
+from gradaccum.exercises.judge import grade
 
 PAGE = Path(__file__).resolve().parents[2] / "notebooks" / "exercises" / "MISTAKES.md"
 HEAD = """# What the checks catch
@@ -12,20 +12,19 @@ HEAD = """# What the checks catch
 **This page spoils the exercises**: to learn from one, write an answer and run its check, which names your own mistake.
 
 Made by `python tests/answers/matrix.py` and held by a test. For each question: the known mistakes by the name they
-have in `gradaccum/exercises/`, the properties (lettered) that each of them fails, and what it still earns. Mistakes
-with the same sentence cannot be told apart. A dot: holds. An x: fails. A dash: not tried, or does not count.
+have in `gradaccum/exercises/`, the properties (lettered) that each of them fails, and what it still earns.
+A dot: holds. An x: fails. A dash: not tried, or does not count.
 """
 MARKS = {True: ".", False: "x", None: "-"}
 
 
 def rows(question):
     """Yield a table row for each mistake, the given code of a bug hunt first."""
-    plain = replace(question, given=None)
-    named = [(each.__name__, each) for each in question.mistakes]
-    for name, mistake in [("as given", question.given), *named] if question.given else named:
-        outcome = grade(plain, mistake)
-        marks = " | ".join(MARKS[result.passed] for result in outcome.results)
-        said = sentence(mistake) if mistake is not question.given else "The code that the learner starts from."
+    named = [("as given", question.given, "The code that the learner starts from.")] if question.given else []
+    named += [(name, each.answer, each.sentence) for name, each in question.mistakes.items()]
+    for name, answer, said in named:
+        outcome = grade(replace(question, given=None), answer)
+        marks = " | ".join(MARKS[result.passed] for result in outcome.results[: len(question.properties)])
         yield f"| `{name}` | {marks} | {outcome.points} | {said} |"
 
 
@@ -33,7 +32,7 @@ def page():
     """Return the page as text."""
     parts = [HEAD]
     for lesson in exercises.LESSONS:
-        for question in exercises.questions(lesson):
+        for question in exercises.questions_of(lesson):
             letters = [chr(ord("A") + index) for index in range(len(question.properties))]
             parts.append(f"## {question.id} {question.title}\n")
             pairs = zip(letters, question.properties, strict=True)

@@ -1,0 +1,97 @@
+"""Compare plain data with what is expected, and say in words how the two differ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+Plain = Any  # numbers, strings, booleans, None, and lists and dicts of them: what JSON can carry
+
+TOLERANCE = 1e-6
+"""How far an answer may be off, relative to what is expected. All data is float64, where the right answers agree to
+1e-15; but one that makes its weights in float32 is 6e-8 off and right. The wrong ones are 1e-3 off or more."""
+
+
+class Difference(NamedTuple):
+    """How what came out differs from what was expected, in words: both values, and how they relate if that is known."""
+
+    expected: str
+    got: str
+    relation: str = ""
+
+
+def agree(got: Plain, expected: Plain) -> Difference | None:
+    """Compare plain data: counts and words exactly, a list of floats as one vector, to `TOLERANCE`.
+
+    Example:
+        >>> agree([2.0, 4.0], [0.5, 1.0])
+        Difference(expected='[0.5, 1]', got='[2, 4]', relation='exactly 4 times as large')
+        >>> agree({"updates": 3}, {"updates": 3}) is None
+        True
+    """
+    if isinstance(expected, dict):
+        if not isinstance(got, dict) or got.keys() != expected.keys():
+            return Difference(short(expected), short(got))
+        for key, value in expected.items():
+            if difference := agree(got[key], value):
+                return Difference(f"{key} {difference.expected}", f"{key} {difference.got}", difference.relation)
+        return None
+    if _is_vector(expected):
+        same_length = _is_vector(got, any_number=True) and len(got) == len(expected)
+        relation = _relation(got, expected) if same_length else None
+        return None if relation == "" else Difference(short(expected), short(got), relation or "")
+    if isinstance(expected, list) and isinstance(got, list) and len(got) == len(expected):
+        differences = [agree(one, other) for one, other in zip(got, expected, strict=True)]
+        return Difference(short(expected), short(got)) if any(differences) else None
+    if _is_number(expected) and _is_number(got):
+        relation = "" if got == expected else _relation([got], [expected])
+        if isinstance(expected, int) and got != expected:  # a count: a factor would say nothing
+            return Difference(short(expected), short(got), "" if relation else "close, but not exact")
+        return Difference(short(expected), short(got), relation) if relation else None
+    same = type(got) is type(expected) and got == expected
+    return None if same else Difference(short(expected), short(got))
+
+
+def _relation(got: Sequence[float], expected: Sequence[float]) -> str:
+    """Say how two vectors relate, "" if they are equal to the tolerance."""
+    if not all(map(math.isfinite, got)):
+        return "not finite"
+    norm = math.hypot(*expected)
+    error = math.hypot(*(one - other for one, other in zip(got, expected, strict=True)))
+    if error <= TOLERANCE * norm:
+        return ""
+    if norm == 0 or not any(got):
+        return "all zeros" if norm else "zeros were expected"
+    factor = sum(one * other for one, other in zip(got, expected, strict=True)) / norm**2
+    rest = math.hypot(*(one - factor * other for one, other in zip(got, expected, strict=True)))
+    # A single number is some factor of any other: worth saying only where it is a whole one, or one over it.
+    simple = any(
+        abs(one - round(one)) <= TOLERANCE and abs(one) <= 64 for one in (factor, 1 / factor if factor else 0.5)
+    )
+    if rest <= TOLERANCE * norm and (len(got) > 1 or simple):
+        return f"exactly {factor:.5g} times as large"
+    return f"{100 * error / norm:.3g} % off"
+
+
+def _is_number(value: Plain) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_vector(value: Plain, any_number: bool = False) -> bool:
+    numbers = isinstance(value, list) and bool(value) and all(map(_is_number, value))
+    return numbers and (any_number or any(isinstance(item, float) for item in value))
+
+
+def short(value: Plain) -> str:
+    """Write plain data for a card: four digits, and no more of a long list than shows what it is."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {short(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        shown = [repr(item) if isinstance(item, str) else short(item) for item in value[:6]]
+        return f"[{', '.join(shown)}{', ...' if len(value) > 6 else ''}]"
+    return f"{value:.100}" if isinstance(value, str) else f"{value!r:.100}"

@@ -1,0 +1,167 @@
+"""Give points for what was seen, and say which mistake it is: the judges compare with the oracles, no answer is run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+from gradaccum.exercises.compare import Difference, Plain, agree, short
+from gradaccum.exercises.question import Answer, Case, Mistake, Property, Question
+from gradaccum.exercises.run import Observed, Seen, observe, quietly, watch
+
+LEFT = "what it is given is left as it was"
+UNKNOWN = "And there is one more fault, which has no name here."
+
+
+class Result(NamedTuple):
+    """One property of one answer. `passed` is None where it was not tried or does not count."""
+
+    name: str
+    points: int
+    passed: bool | None
+    tried: str = ""
+    difference: Difference | None = None
+    problem: str = ""
+
+
+@dataclass
+class Outcome:
+    """What became of an answer: points, the results by property, and the sentences for the card."""
+
+    question: Question
+    points: int
+    results: list[Result]
+    note: str = ""  # what rules out points altogether: not written, not changed ...
+    mistake: str = ""  # what this looks like
+    printed: str = ""
+    recognized: Mistake | None = None
+
+
+def grade(question: Question, answer: Answer, seed: int | str = 0) -> Outcome:
+    """Run the probes, then the judges."""
+    return judge(question, observe(question, answer, seed), seed)
+
+
+def judge(question: Question, observed: Observed, seed: int | str = 0) -> Outcome:
+    """Compare what was seen with the oracle, give the points and name the mistake; the answer is not run here."""
+    last = observed.seen[-1][-1]
+    if last.problem in ("not written", "not changed", "finished", "stopped"):
+        untried = [Result(each.name, each.points, None) for each in question.properties]
+        return Outcome(question, 0, untried, last.text, printed=observed.printed)
+    with quietly():  # the oracle draws the same model as the probe
+        return _judged_whole(question, observed, seed)
+
+
+def _judged_whole(question: Question, observed: Observed, seed: int | str) -> Outcome:
+    seen = observed.seen + [[] for _ in question.properties[len(observed.seen) :]]
+    verdicts = [
+        _judged(each, cases, seen, _expected(question, index, seed))
+        for index, (each, cases, seen) in enumerate(zip(question.properties, question.cases(seed), seen, strict=True))
+    ]
+    held = {verdict.name for verdict in verdicts if verdict.passed}
+    results: list[Result] = []
+    for verdict, each in zip(verdicts, question.properties, strict=True):
+        if verdict.passed and each.after and each.after not in held:
+            verdict = verdict._replace(passed=None, problem=f"This counts once the following holds: {each.after}.")
+        elif verdict.problem and verdict.problem in [result.problem for result in results]:
+            verdict = verdict._replace(problem="The same error.")
+        results.append(verdict)
+    points = sum(result.points for result in results if result.passed)
+    outcome = Outcome(question, points, results, printed=observed.printed)
+    if any(result.passed is False and result.points == 0 for result in results):
+        outcome.points = 0
+        outcome.note = "Something that worked in the given code no longer does: that has to hold first."
+    if changed := next((one.changed for each in seen for one in each if one.changed), ""):
+        results.append(Result(LEFT, -1, False, problem=changed))
+        outcome.points = max(0, outcome.points - 1)
+    passed = [verdict.passed for verdict in verdicts]
+    if False in passed:
+        outcome.recognized, outcome.mistake = _recognized(question, seen, passed, seed)
+    return outcome
+
+
+def _judged(each: Property, cases: list[Case], seen: list[Seen], expected: list[Plain]) -> Result:
+    found: Result | None = None
+    for case, one, wanted in zip(cases, seen, expected, strict=False):
+        tried = each.tried.format(**{name: short(value) for name, value in case.items()})
+        if one.problem:
+            return found or Result(each.name, each.points, False, tried, problem=one.text)
+        difference = each.judge(one.value, wanted)
+        if difference and found is None:
+            found = Result(each.name, each.points, False, tried, difference)
+        # A factor in one case and none in another is a coincidence, and would send the learner the wrong way.
+        if difference and found and found.difference and not difference.relation.startswith("exactly"):
+            if found.difference.relation.startswith("exactly"):
+                found = found._replace(difference=found.difference._replace(relation=""))
+    return found or Result(each.name, each.points, True if len(seen) == len(cases) else None)
+
+
+@lru_cache(maxsize=256)
+def _expected(question: Question, index: int, seed: int | str) -> list[Plain]:
+    each = question.properties[index]
+    return [each.expected(case) for case in question.cases(seed)[index]]
+
+
+# ------------------------------------------------------------------------------------------------- which mistake
+
+
+def _recognized(
+    question: Question, seen: list[list[Seen]], passed: list[bool | None], seed: int | str
+) -> tuple[Mistake | None, str]:
+    """Find the mistake that fails where the answer does, with the same values, or two that do so together.
+
+    A mistake is ruled out by anything that it gets wrong and the answer does not, or gets wrong in another way: a
+    sentence about something that the answer has right is worse than none.
+    """
+    failed = {index for index, held in enumerate(passed) if held is False}
+    explains: list[tuple[Mistake, set[int]]] = []
+    for known in question.mistakes.values():
+        theirs = _explained(question, known, seen, passed, seed)
+        if theirs == failed:
+            return known, known.sentence
+        if theirs:
+            explains.append((known, theirs))
+    if question.given:
+        unrepaired = Mistake(question.given, "What the given code does wrong is still there.")
+        if _explained(question, unrepaired, seen, passed, seed) == failed:
+            return unrepaired, unrepaired.sentence
+    for first, theirs in explains:
+        for second, others in explains:
+            if theirs | others == failed and min(theirs) < min(others):
+                return first, f"{first.sentence} And one more: {second.sentence}"
+    by_value = {index for index in failed if question.properties[index].by_value}
+    surest = next((known for known, theirs in explains if theirs & by_value), None)
+    return surest, f"{surest.sentence} {UNKNOWN}" if surest else ""
+
+
+def _explained(
+    question: Question, known: Mistake, seen: list[list[Seen]], passed: list[bool | None], seed: int | str
+) -> set[int]:
+    """Return where a mistake fails as the answer does; nothing, if it fails anywhere in another way."""
+    tried = [index for index, held in enumerate(passed) if held is not None]
+    found = set()
+    for index in sorted(tried, key=lambda index: passed[index] is not False):  # most are ruled out by the first
+        each, theirs = question.properties[index], _seen_of(question, known, index, seed)
+        same = passed[index] is False and _same(each, seen[index], theirs)
+        if same and each.by_value:  # then its verdict is the same too
+            found.add(index)
+        elif _judged(each, question.cases(seed)[index], theirs, _expected(question, index, seed)).passed is False:
+            if not same:
+                return set()
+            found.add(index)
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _seen_of(question: Question, known: Mistake, index: int, seed: int | str) -> list[Seen]:
+    return watch(question.properties[index], question.cases(seed)[index], known.answer)
+
+
+def _same(each: Property, ours: list[Seen], theirs: list[Seen]) -> bool:
+    if [one[1::2] for one in ours] != [one[1::2] for one in theirs]:  # problems and changes
+        return False
+    return not each.by_value or all(
+        repr(one.value) == repr(other.value) or agree(one.value, other.value) is None
+        for one, other in zip(ours, theirs, strict=True)
+    )

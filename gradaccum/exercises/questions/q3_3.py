@@ -1,0 +1,212 @@
+"""3.3: write the test that tells a right training step from a wrong one."""
+
+import copy
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from gradaccum.exercises import material
+from gradaccum.exercises.compare import Difference
+from gradaccum.exercises.question import Property, Question, mistake
+from gradaccum.exercises.questions import lesson_03
+
+
+def summed_in_reverse(model, micro_batches):
+    total = sum(len(targets) for _, targets in micro_batches)
+    for inputs, targets in reversed(micro_batches):
+        (cross_entropy(model(inputs), targets, reduction="sum") / total).backward()
+
+
+def scaled_afterwards(model, micro_batches):
+    for inputs, targets in micro_batches:
+        cross_entropy(model(inputs), targets).backward()
+    for parameter in model.parameters():
+        parameter.grad /= len(micro_batches)
+
+
+def joined_again(model, micro_batches):
+    inputs, targets = (torch.cat(part) for part in zip(*micro_batches, strict=True))
+    cross_entropy(model(inputs), targets).backward()
+
+
+def divided_twice(model, micro_batches):
+    for inputs, targets in micro_batches:
+        (cross_entropy(model(inputs), targets) / len(micro_batches) ** 2).backward()
+
+
+def one_left_out(model, micro_batches):
+    for inputs, targets in micro_batches[:-1] or micro_batches:
+        (cross_entropy(model(inputs), targets) / len(micro_batches)).backward()
+
+
+def last_undivided(model, micro_batches):
+    inputs, targets = micro_batches[-1]
+    cross_entropy(model(inputs), targets).backward()
+
+
+def slightly_too_long(model, micro_batches):
+    for inputs, targets in micro_batches:
+        (1.003 * cross_entropy(model(inputs), targets) / len(micro_batches)).backward()
+
+
+def last_weight_undivided(model, micro_batches):
+    for inputs, targets in micro_batches:
+        (cross_entropy(model(inputs), targets) / len(micro_batches)).backward()
+    list(model.parameters())[-1].grad *= len(micro_batches)
+
+
+def first_weight_undivided(model, micro_batches):
+    for inputs, targets in micro_batches:
+        (cross_entropy(model(inputs), targets) / len(micro_batches)).backward()
+    next(iter(model.parameters())).grad *= len(micro_batches)
+
+
+RIGHT = {
+    "divides each mean by k": lesson_03.divided,
+    "divides each sum by all samples, last micro-batch first": summed_in_reverse,
+    "divides the gradient at the end": scaled_afterwards,
+    "joins the micro-batches": joined_again,
+}
+UNDIVIDED = {"does not divide": lesson_03.not_divided}
+WRONG = {
+    "clears inside the window": lesson_03.cleared_inside,
+    "divides by k twice": divided_twice,
+    "leaves the last micro-batch out": one_left_out,
+    "divides each mean by its samples": lesson_03.divided_by_samples,
+    "divides each sum by k": lesson_03.sum_divided_by_steps,
+    "uses the last micro-batch alone": last_undivided,
+    "makes each gradient 0.3 % too long": slightly_too_long,
+    "does not divide the gradient of the last parameter": last_weight_undivided,
+    "does not divide the gradient of the first parameter": first_weight_undivided,
+}
+DOES = {material.text_of(fill): does for does, fill in (RIGHT | UNDIVIDED | WRONG).items()}
+
+
+def verdicts(answer, case):
+    return [bool(answer(material.update_with(material.function_of(text)))) for text in case["steps"]]
+
+
+def steps_of(asked, others):
+    """Mix the steps that are asked about with some others, so that no count of calls tells them apart."""
+
+    def cases(draw):
+        steps = [*asked.values(), *draw.sample([*others.values()], draw.randrange(1, 4))]
+        return [{"steps": [material.text_of(fill) for fill in draw.sample(steps, len(steps))]}]
+
+    return cases
+
+
+def right_verdicts(case):
+    return [[text in map(material.text_of, RIGHT.values()), DOES[text]] for text in case["steps"]]
+
+
+def calls(name, points, asked, others, tried, after):
+    """Make a property of what the learner's test calls each of some steps."""
+
+    def judge(got, expected):
+        for verdict, (wanted, does) in zip(got, expected, strict=True):
+            if does in asked and verdict != wanted:
+                said = {True: "right", False: "wrong"}
+                return Difference(f"{said[wanted]}, for every such step", f"{said[verdict]}, for a step that {does}")
+        return None
+
+    return Property(name, points, steps_of(asked, others), verdicts, right_verdicts, tried, judge, after)
+
+
+EVERY, NOTICES = "every right step is called right", "a step without the division is called wrong"
+QUESTION = Question(
+    "A test that notices",
+    (
+        calls(EVERY, 2, RIGHT, WRONG, "several right steps", after=NOTICES),
+        calls(NOTICES, 2, UNDIVIDED, RIGHT, "a step that does not divide", after=EVERY),
+        calls("other wrong steps are called wrong", 1, WRONG, RIGHT, "several wrong steps", after=EVERY),
+    ),
+    forbidden=(),
+)
+
+
+def checks_with(make_optimizer, sizes=(4, 4, 4), same=False, lr=0.5, agree=torch.allclose, kept=slice(None)):
+    """Make a test like the reference one, with one thing changed."""
+
+    def is_right(step):
+        torch.manual_seed(1)
+        model = nn.Linear(3, 3)
+        twin = copy.deepcopy(model)
+        micro_batches = [(torch.randn(size, 3), torch.randint(3, (size,))) for size in sizes]
+        if same:
+            micro_batches = micro_batches[:1] * len(sizes)
+        step(model, make_optimizer(model.parameters(), lr=lr), micro_batches)
+        joined_again(twin, micro_batches)
+        make_optimizer(twin.parameters(), lr=lr).step()
+        pairs = [*zip(model.parameters(), twin.parameters(), strict=True)]
+        return all(agree(one, other) for one, other in pairs[kept])
+
+    return is_right
+
+
+def close(atol):
+    return lambda one, other: torch.allclose(one, other, atol=atol)
+
+
+SGD = torch.optim.SGD
+
+with_adam = mistake(
+    "Steps that scale the gradient pass, the one without the division among them; Adam and clipping hide a factor, and "
+    "so does comparing directions: use SGD without clipping, or compare the gradients themselves."
+)(checks_with(torch.optim.Adam, lr=1e-3))
+
+with_one_micro_batch = mistake(
+    "Steps pass that use one micro-batch alone or do not divide; a window of a single micro-batch cannot show either, "
+    "so use several."
+)(checks_with(SGD, sizes=(4,)))
+
+to_the_last_bit = mistake(
+    "Right steps are called wrong where they add in another order; they differ by rounding, so allow a small tolerance."
+)(checks_with(SGD, agree=torch.equal))
+
+on_unequal_sizes = mistake(
+    "Right steps that divide by k are called wrong; they promise the large batch's gradient for micro-batches of equal "
+    "sizes alone, so give them equal ones."
+)(checks_with(SGD, sizes=(5, 1, 2)))
+
+rather_tolerant = mistake(
+    "A step that does not divide is noticed, but others pass whose update is off by less; compare the new weights, or "
+    "the gradients, more closely: right steps agree to 1e-6."
+)(checks_with(SGD, agree=close(0.1)))
+
+a_little_tolerant = mistake(
+    "A step passes whose gradients are all 0.3 % too long; right ones agree to 1e-6, so compare more closely."
+)(checks_with(SGD, agree=close(1e-3)))
+
+one_parameter_alone = mistake(
+    "A step passes that is wrong in its last parameter alone; compare all parameters of the model."
+)(checks_with(SGD, kept=slice(1)))
+
+last_parameter_alone = mistake(
+    "A step passes that is wrong in its first parameter alone; compare all parameters of the model."
+)(checks_with(SGD, kept=slice(-1, None)))
+
+as_many_samples_as_steps = mistake(
+    "A step that divides by the samples passes: there are as many samples in a micro-batch as micro-batches in your "
+    "window, so give each micro-batch more."
+)(checks_with(SGD, sizes=(3, 3, 3)))
+
+with_one_sample_each = mistake(
+    "A step that divides each summed loss by k passes: a micro-batch of one sample has the same sum and mean, so give "
+    "each several."
+)(checks_with(SGD, sizes=(1, 1, 1)))
+
+with_one_repeated = mistake(
+    "A step that uses one micro-batch alone passes, since all of yours are the same; draw each anew."
+)(checks_with(SGD, same=True))
+
+
+@mistake("Every step passes, the wrong ones too: does your test compare at all, with what, and how closely?")
+def always_right(step):
+    return True
+
+
+@mistake("Every step is rejected, the right ones too: what does your test compare with?")
+def always_wrong(step):
+    return False

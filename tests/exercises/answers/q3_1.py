@@ -1,0 +1,139 @@
+"""3.1: further right answers, which must get full points, and wrong ones, which must not."""
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+
+def collects_by_hand(model, micro_batches):
+    parameters = list(model.parameters())
+    total = [torch.zeros_like(parameter) for parameter in parameters]
+    for inputs, targets in micro_batches:
+        loss = nn.CrossEntropyLoss()(model(inputs), targets)
+        for held, found in zip(total, torch.autograd.grad(loss, parameters), strict=True):
+            held += found
+    for parameter, held in zip(parameters, total, strict=True):
+        parameter.grad = held / len(micro_batches)
+
+
+def sums_backwards_and_clears_first(model, micro_batches):
+    model.zero_grad()
+    items = sum(inputs.shape[0] for inputs, _ in micro_batches)
+    for inputs, targets in micro_batches[::-1]:
+        cross_entropy(model(inputs), targets, reduction="sum").div(items).backward()
+
+
+def passes_the_gradient_in(model, micro_batches):
+    for inputs, targets in micro_batches:
+        loss = cross_entropy(model(inputs), targets)
+        loss.backward(torch.full_like(loss, 1 / len(micro_batches)))
+
+
+def divides_at_the_end_in_place(model, micro_batches):
+    for inputs, targets in micro_batches:
+        cross_entropy(model(inputs), targets).backward()
+    for parameter in model.parameters():
+        parameter.grad.mul_(1 / len(micro_batches))
+
+
+def float32_factor(model, micro_batches):
+    factor = torch.tensor(1.0, dtype=torch.float32) / len(micro_batches)
+    for inputs, targets in micro_batches:
+        (cross_entropy(model(inputs), targets) * factor).backward()
+
+
+def mean_so_far(model, micro_batches):
+    for before, (inputs, targets) in enumerate(micro_batches):
+        for parameter in model.parameters():
+            if before:
+                parameter.grad *= before / (before + 1)
+        (cross_entropy(model(inputs), targets) / (before + 1)).backward()
+
+
+def leaves_its_hooks(model, micro_batches):
+    for parameter in model.parameters():
+        parameter.register_hook(lambda gradient: gradient / len(micro_batches))
+    for inputs, targets in micro_batches:
+        cross_entropy(model(inputs), targets).backward()
+
+
+def spoils_its_data(model, micro_batches):
+    for inputs, targets in micro_batches:
+        (cross_entropy(model(inputs), targets) / len(micro_batches)).backward()
+        inputs.zero_()
+
+
+def divides_by_one_more(model, micro_batches):
+    for inputs, targets in micro_batches:
+        (cross_entropy(model(inputs), targets) / (len(micro_batches) + 1)).backward()
+
+
+def leaves_the_first_out(model, micro_batches):
+    for inputs, targets in micro_batches[1:]:
+        (cross_entropy(model(inputs), targets) / len(micro_batches)).backward()
+
+
+def does_nothing(model, micro_batches):
+    pass
+
+
+def keeps_all_graphs(model, micro_batches):
+    kept = []
+    for inputs, targets in micro_batches:
+        kept.append(cross_entropy(model(inputs), targets) / len(micro_batches))
+        kept[-1].backward(retain_graph=True)
+
+
+def keeps_the_outputs(model, micro_batches):
+    kept = []
+    for inputs, targets in micro_batches:
+        kept.append(model(inputs))
+        (cross_entropy(kept[-1], targets) / len(micro_batches)).backward()
+
+
+def leaves_eval_on(model, micro_batches):
+    model.eval()
+    sums_backwards_and_clears_first(model, micro_batches)
+
+
+def switches_gradients_off(model, micro_batches):
+    sums_backwards_and_clears_first(model, micro_batches)
+    torch.set_grad_enabled(False)
+
+
+def pops_the_window(model, micro_batches):
+    k = len(micro_batches)
+    while micro_batches:
+        inputs, targets = micro_batches.pop()
+        (cross_entropy(model(inputs), targets) / k).backward()
+
+
+def undivided_in_one_backward(model, micro_batches):
+    sum(cross_entropy(model(inputs), targets) for inputs, targets in micro_batches).backward()
+
+
+RIGHT = [
+    collects_by_hand,
+    sums_backwards_and_clears_first,
+    passes_the_gradient_in,
+    divides_at_the_end_in_place,
+    float32_factor,
+    mean_so_far,
+]
+WRONG = [
+    divides_by_one_more,
+    leaves_the_first_out,
+    does_nothing,
+    leaves_its_hooks,
+    spoils_its_data,
+    leaves_eval_on,
+    switches_gradients_off,
+    pops_the_window,
+    lambda model, micro_batches: mean_so_far(model, micro_batches[:5]),
+]
+NAMED = [
+    (keeps_all_graphs, "one_backward"),
+    (keeps_the_outputs, "one_backward"),
+    (undivided_in_one_backward, "not_divided", "one_backward"),
+    (divides_by_one_more,),
+]
