@@ -95,7 +95,8 @@ def function_of(text: str) -> Callable[..., Any]:
     """Return the last function that a text defines; torch, nn and cross_entropy are there, and what is here."""
     names = dict(globals())
     exec(compile(text, "<a step>", "exec"), names)
-    return [value for name, value in names.items() if callable(value) and name not in globals()][-1]
+    made: Callable[..., Any] = [value for name, value in names.items() if name not in globals()][-1]
+    return made
 
 
 def update_with(fill: Callable[..., Any]) -> Callable[..., Any]:

@@ -170,7 +170,7 @@ def _guarded(answer: Answer, changed: list[str]) -> Answer:
         given = [*zip([*names, *map(str, range(len(names), len(args)))], args, strict=False), *kwargs.items()]
         before = _state(given)
         found = answer(*args, **kwargs)
-        if inspect.isgenerator(found):  # it has not begun yet
+        if type(found) is types.GeneratorType:  # it has not begun yet
             return _then(found, functools.partial(_note_changes, given, before, changed))
         _note_changes(given, before, changed)
         return found
@@ -238,16 +238,17 @@ _EXACTLY: dict[type, Any] = {int: int.__int__, float: float.__float__, str: str.
 
 def plain(value: object) -> Plain:
     """Return what JSON can carry as exactly that: a subclass with methods of its own becomes what it is a kind of."""
-    if value is None or isinstance(value, bool):
+    given: Any = type(value)  # isinstance would ask the value for its class
+    if given in (type(None), bool):
         return value
     for kind, exactly in _EXACTLY.items():
-        if isinstance(value, kind):
+        if issubclass(given, kind):
             return exactly(value)
-    if isinstance(value, dict):
-        return {plain(key): plain(item) for key, item in dict.items(value)}
-    if isinstance(value, list | tuple):
-        items = list.__iter__(value) if isinstance(value, list) else tuple.__iter__(value)
-        return [plain(item) for item in items]
+    if issubclass(given, dict):
+        return {plain(key): plain(item) for key, item in dict.items(value)}  # type: ignore[arg-type]
+    for kind in (list, tuple):
+        if issubclass(given, kind):
+            return [plain(item) for item in kind.__iter__(value)]
     raise TypeError(f"This gave {shown(value, 80)}, which is no number, text or list of them.")
 
 

@@ -14,26 +14,29 @@ import torch
 from IPython.utils.capture import capture_output
 
 from gradaccum import accumulate, exercises, windows
-from gradaccum.exercises import Score, check, checking, question, scorecard
-from gradaccum.exercises.checking import grade, judge, observe
-from gradaccum.exercises.question import Difference, Property, Question, agree
+from gradaccum.exercises import Score, check, compare, scorecard
+from gradaccum.exercises.compare import Difference, agree
+from gradaccum.exercises.judge import LEFT, UNKNOWN, grade, judge
+from gradaccum.exercises.question import Property, Question, known_mistakes, mistake
+from gradaccum.exercises.run import observe, plain
 
 
 def numbers(draw):
     return [{"x": 2.0}, {"x": draw.uniform(3, 9)}]
 
 
+@mistake("This is the square; multiply by 2.")
 def squared(x):
-    """The square stands in the place of the double; multiply by 2."""
     return x * x
 
 
+@mistake("Nothing is returned; return the double.")
 def lost(x):
-    """Nothing is returned; return the double."""
+    pass
 
 
+@mistake("The double is wanted, this is the triple.")
 def tripled(x):
-    """The double is wanted, this is the triple."""
     return 3 * x
 
 
@@ -41,15 +44,18 @@ def probe(answer, case):
     return answer(case["x"])
 
 
-DOUBLE = Question(
-    "9.1",
-    "Double it",
-    (
-        Property("the double comes out", 2, numbers, probe, lambda case: 2 * case["x"], "x = {x}"),
-        Property("of 0 too", 1, lambda draw: [{"x": 0.0}], probe, lambda case: 0.0, "0", after="the double comes out"),
-    ),
-    (squared, lost, tripled),
-)
+def question(properties, *mistakes, **options):
+    return Question("Double it", tuple(properties), id="9.1", mistakes=dict(enumerate(mistakes)), **options)
+
+
+def at(name, *values, points=1, **options):
+    """Make a property of the double of some values."""
+    cases = [{"x": value} for value in values]
+    return Property(name, points, lambda draw: cases, probe, lambda case: 2 * case["x"], "x = {x}", **options)
+
+
+THE_DOUBLE = Property("the double comes out", 2, numbers, probe, lambda case: 2 * case["x"], "x = {x}")
+DOUBLE = question([THE_DOUBLE, at("of 0 too", 0.0, after="the double comes out")], squared, lost, tripled)
 
 
 def double(x):
@@ -69,14 +75,14 @@ def test_full_points_and_the_plain_text_that_nbgrader_reads():
 
 
 def test_a_mistake_is_named_and_what_depends_on_it_does_not_count():
-    outcome = grade(DOUBLE, squared)
+    outcome = grade(DOUBLE, squared.answer)
     assert (outcome.points, outcome.recognized) == (0, squared)
     first, second = outcome.results
     assert first.passed is False
     assert first.tried.startswith("x = ")
     assert first.tried != "x = 2", "at 2 the square is the double"
     assert second.passed is None
-    assert second.problem == "Counts once this holds: the double comes out."
+    assert second.problem == "This counts once the following holds: the double comes out."
 
 
 def test_an_answer_of_an_unknown_kind_is_told_the_difference_alone():
@@ -85,30 +91,87 @@ def test_an_answer_of_an_unknown_kind_is_told_the_difference_alone():
     assert outcome.results[0].difference == Difference("4", "12", "exactly 3 times as large")
 
 
-def test_a_mistake_that_is_the_same_everywhere_goes_before_one_that_is_the_same_in_part():
-    only_first = Property("two", 1, lambda draw: [{"x": 1.0}], probe, lambda case: 2.0, "1")
-    both = Question("9.2", "", (only_first, *DOUBLE.properties), (squared, tripled))
-    assert grade(both, lambda x: 3 * x if x else 1.0).recognized is tripled
+# ------------------------------------------------------------------------------------------------ which mistake
 
 
-def test_no_mistake_is_named_that_fails_what_the_answer_has_right():
-    zero_too = Property("0", 1, lambda draw: [{"x": 0.0}], probe, lambda case: 0.0, "0")
-    both = Question("9.4", "", (DOUBLE.properties[0], zero_too), (lambda x: x * x if x else 1.0,))
-    assert grade(both, lambda x: x * x if x else 1.0).recognized is not None
-    assert grade(both, squared).recognized is None
+def split(negative, positive):
+    """Make an answer of two: one for numbers below zero, one for the others."""
+    return lambda x: negative(x) if x < 0 else positive(x)
 
 
-def test_another_error_of_the_same_kind_is_not_the_same_mistake():
+HALVES = [at("below", -3.0, -5.0), at("above", 3.0, 5.0)]
+
+
+def test_what_is_the_same_everywhere_goes_first():
+    in_part = mistake("In part.")(split(tripled, lambda x: 2 * x))
+    asked = question(HALVES, in_part, tripled)
+    assert grade(asked, lambda x: 3 * x).recognized is tripled
+    assert grade(asked, split(tripled, lambda x: 2 * x)).recognized is in_part
+
+
+def test_a_mistake_that_the_answer_has_right_is_out():
+    everywhere = question(HALVES, tripled)
+    assert grade(everywhere, split(tripled, lambda x: 2 * x)).mistake == ""
+
+
+def test_a_mistake_that_fails_in_another_way_is_out():
+    asked = question(HALVES, tripled)
+    assert grade(asked, split(tripled, lambda x: 7 * x)).mistake == ""
+
+
+def test_two_mistakes_are_both_named():
+    one = mistake("One.")(split(tripled, lambda x: 2 * x))
+    two = mistake("Two.")(split(lambda x: 2 * x, squared))
+    asked = question(HALVES, two, one)
+    assert grade(asked, split(tripled, squared)).mistake == "One. And one more: Two."
+    outcome = grade(asked, split(tripled, lambda x: 9 * x))
+    assert outcome.mistake == f"One. {UNKNOWN}"
+    assert outcome.recognized is one
+
+
+def test_bytes_name_a_mistake_by_failing_alone():
+    most = Property(
+        "small",
+        1,
+        numbers,
+        probe,
+        lambda case: 1e9,
+        "",
+        lambda got, most: Difference("", "") if got > most else None,
+        by_value=False,
+    )
+    large = mistake("Too large.")(lambda x: 1e12 * x)
+    asked = question([most], large)
+    assert grade(asked, lambda x: 7e11 * x).recognized is large
+    assert grade(question([THE_DOUBLE, most], large), lambda x: 7e11 * x).recognized is None
+
+
+def test_another_error_of_the_same_kind_is_not_the_same():
     def raises(text):
         def answer(x):
             raise RuntimeError(text)
 
         return answer
 
-    known = raises("the graph is gone")
-    question = Question("9.5", "", DOUBLE.properties, (known,))
-    assert grade(question, raises("the graph is gone")).recognized is known
-    assert grade(question, raises("the shapes differ")).recognized is None
+    known = mistake("The graph is gone.")(raises("the graph is gone"))
+    asked = question(DOUBLE.properties, known)
+    assert grade(asked, raises("the graph is gone")).recognized is known
+    assert grade(asked, raises("the shapes differ")).recognized is None
+
+
+def test_a_factor_of_one_case_alone_is_not_told():
+    three = question([at("double", 1.0, 2.0)])
+    assert grade(three, lambda x: 6 * x).results[0].difference.relation == "exactly 3 times as large"
+    assert grade(three, lambda x: 5 * x + 1).results[0].difference == Difference("2", "6")
+
+
+def test_mistakes_are_found_in_the_order_written():
+    names = {"b": tripled, "x": 1, "more": {"a": squared, "c": 2}, "__builtins__": {"d": lost}}
+    assert known_mistakes(names) == {"b": tripled, "a": squared}
+    assert list(known_mistakes(names)) == ["b", "a"]
+
+
+# ------------------------------------------------------------------------------------------------ how values differ
 
 
 @pytest.mark.parametrize(
@@ -205,12 +268,72 @@ def test_an_exception_is_one_line_with_the_learners_own_line():
     assert outcome.points == 0
 
 
-@pytest.mark.parametrize("error", [SystemExit(3), GeneratorExit(), ZeroDivisionError("a\nb")])
+class Rude(Exception):
+    def __str__(self):
+        raise SystemExit(4)
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), GeneratorExit(), ZeroDivisionError("a\nb"), Rude()])
 def test_nothing_an_answer_raises_gets_out(error):
     def answer(x):
         raise error
 
     assert grade(DOUBLE, answer).results[0].passed is False
+
+
+class Odd:
+    """Everything that a check could ask of it raises."""
+
+    def __repr__(self):
+        raise ValueError("no text")
+
+    __str__ = __format__ = __len__ = __eq__ = __repr__
+    __hash__ = None
+    __code__ = __name__ = __class__ = property(__repr__)
+
+
+class OddCall(Odd):
+    def __call__(self, x):
+        return 2 * x
+
+
+class OddNumber(float):
+    __repr__ = __str__ = __format__ = __eq__ = __sub__ = Odd.__repr__
+    __hash__ = float.__hash__
+
+
+class OddList(list):
+    __iter__ = __len__ = __getitem__ = __repr__ = Odd.__repr__
+
+
+# Made in the test: pytest, too, would ask them for their texts.
+ODD = {
+    "itself": Odd,
+    "what comes back": lambda: lambda x: Odd(),
+    "a list": lambda: lambda x: OddList([x]),
+    "a key": lambda: lambda x: {Odd: 1},
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_is_odd_gets_no_points_and_no_error(name):
+    outcome = grade(DOUBLE, ODD[name]())
+    assert outcome.points == 0
+    assert Score(outcome).report
+    assert Score(outcome)._repr_html_()
+
+
+def test_what_is_odd_but_right_gets_full_points():
+    assert grade(DOUBLE, OddCall()).points == 3
+    assert grade(DOUBLE, lambda x: OddNumber(2 * x)).points == 3
+
+
+def test_plain_data_has_no_methods_of_its_own():
+    number = plain(OddNumber(0.5))
+    assert (type(number), number) == (float, 0.5)
+    assert plain({"a": (OddList([True, "b", 3]),)}) == {"a": [[True, "b", 3]]}
+    with pytest.raises(TypeError, match="This gave an object of type Odd, which is no number, text or list"):
+        plain([Odd()])
 
 
 @pytest.mark.parametrize("given", [None, 4.0, "double"])
@@ -240,6 +363,13 @@ def test_an_endless_answer_is_stopped(swallows):
     assert outcome.results[0].problem == "Stopped after 0.2 seconds: does a loop never end?"
     assert outcome.results[1].passed is None
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+@needs_timer
+def test_an_endless_attempt_is_stopped(monkeypatch, capsys):
+    monkeypatch.setattr(exercises, "SECONDS", 0.2)
+    exercises.attempt(lambda: [time.sleep(0.01) for _ in iter(int, 1)])
+    assert capsys.readouterr().out == "Stopped after 0.2 seconds: does a loop never end?\n"
 
 
 def test_an_interrupt_by_the_learner_stops_it_cleanly():
@@ -316,6 +446,94 @@ def test_what_an_answer_makes_itself_is_float64():
     assert seen[0] == torch.float64
 
 
+# ---------------------------------------------------------------------------- what is given is left as it was
+
+
+def of_model(answer, case):
+    import torch
+
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    batches = [(torch.ones(2, 2), torch.tensor([1, 0]))]
+    answer(model, batches)
+    return 0.0
+
+
+GIVEN = question([Property("it runs", 2, lambda draw: [{}], of_model, lambda case: 0.0, "a model")])
+
+
+def leaves_evaluation_on(model, batches):
+    model[1].eval()
+
+
+def freezes(model, batches):
+    model[0].bias.requires_grad_(False)
+
+
+def runs_batch_norm(model, batches):
+    model(batches[0][0])
+
+
+def halves(model, batches):
+    model.half()
+
+
+def pops(model, batches):
+    batches.pop()
+
+
+def squeezes(model, batches):
+    batches[0][0].unsqueeze_(0)
+
+
+def overwrites(model, batches):
+    batches[0][1].clamp_(max=0)
+
+
+def switches_off(model, batches):
+    torch.set_grad_enabled(False)
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        (leaves_evaluation_on, "Afterwards `model`.1 in training mode is False and was True"),
+        (freezes, "Afterwards `model`.0.bias.requires_grad is False and was True"),
+        (runs_batch_norm, "Afterwards `model`.1.running_mean holds other values"),
+        (halves, "Afterwards `model`.0.weight.dtype is torch.float16 and was torch.float64"),
+        (pops, "Afterwards len of `batches` is 0 and was 1"),
+        (squeezes, "Afterwards `batches`[0][0].shape is [1, 2, 2] and was [2, 2]"),
+        (overwrites, "Afterwards `batches`[0][1] holds other values"),
+        (switches_off, "Afterwards gradients being recorded is False and was True"),
+    ],
+)
+def test_what_an_answer_changes_costs_a_point(answer, sentence):
+    outcome = grade(GIVEN, answer)
+    assert outcome.points == 1
+    assert outcome.results[-1].name == LEFT
+    assert outcome.results[-1].problem == f"{sentence}: leave what you are given as it was."
+    assert "(1 point off)" in Score(outcome).report
+
+
+def test_weights_and_gradients_may_change():
+    def trains(model, batches):
+        model[0](batches[0][0]).sum().backward()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        model.eval()
+        model.train()
+
+    assert grade(GIVEN, trains).points == 2
+
+
+def test_a_generator_is_looked_at_when_it_has_ended():
+    def read(answer, case):
+        return list(answer([1, 2]))
+
+    asked = question([Property("it runs", 2, lambda draw: [{}], read, lambda case: [2], "a list")])
+    outcome = grade(asked, lambda batches: (batches.pop() for _ in range(1)))
+    assert outcome.results[-1].problem.startswith("Afterwards len of `batches` is 1 and was 2")
+    assert outcome.points == 1
+
+
 # ------------------------------------------------------------------------------------------------ find the bug
 
 
@@ -324,16 +542,7 @@ def hunt(x):
     return x * 3
 
 
-HUNT = Question(
-    "9.3",
-    "Find the bug",
-    (
-        Property("the double comes out", 2, numbers, probe, lambda case: 2 * case["x"], "x = {x}"),
-        Property("0 stays 0", 0, lambda draw: [{"x": 0.0}], probe, lambda case: 0.0, "0"),
-    ),
-    (squared,),
-    given=hunt,
-)
+HUNT = question([THE_DOUBLE, at("0 stays 0", 0.0, points=0)], squared, given=hunt)
 
 
 def test_unchanged_code_is_not_changed_yet_whatever_its_layout():
@@ -341,7 +550,9 @@ def test_unchanged_code_is_not_changed_yet_whatever_its_layout():
     exec('def hunt(x):\n    """Other words."""\n    # a comment\n    return (x *\n  3)', namespace)
     for answer in (hunt, namespace["hunt"]):
         assert grade(HUNT, answer).note.startswith("Not changed yet")
-    assert grade(HUNT, lambda x: x * 3.0).recognized is hunt, "changed, but still the same mistake"
+    outcome = grade(HUNT, lambda x: x * 3.0)
+    assert outcome.recognized.answer is hunt, "changed, but still the same mistake"
+    assert outcome.mistake == "What the given code does wrong is still there."
 
 
 def test_a_repair_that_breaks_what_worked_earns_nothing():
@@ -356,11 +567,11 @@ def test_a_repair_that_breaks_what_worked_earns_nothing():
 
 def test_a_judge_that_always_says_yes_is_noticed(monkeypatch):
     yes = Property(**{**vars(DOUBLE.properties[0]), "judge": lambda got, expected: None})
-    assert grade(Question("9.1", "", (yes,), ()), squared).points == 2, "so the tests of the questions would fail"
+    assert grade(question([yes]), squared.answer).points == 2, "so the tests of the questions would fail"
 
 
 def test_a_wide_tolerance_is_noticed(monkeypatch):
-    monkeypatch.setattr(question, "TOLERANCE", 1e-2)
+    monkeypatch.setattr(compare, "TOLERANCE", 1e-2)
     assert grade(DOUBLE, lambda x: 2.01 * x).points == 3
     monkeypatch.undo()
     assert grade(DOUBLE, lambda x: 2.01 * x).points == 0
@@ -388,12 +599,12 @@ def test_nothing_of_an_answer_reaches_the_page_as_html():
 
 
 def test_the_verdict_is_a_word_and_not_a_colour_alone():
-    card = Score(grade(DOUBLE, squared))._repr_html_()
+    card = Score(grade(DOUBLE, squared.answer))._repr_html_()
     assert ">FAIL<" in card
     assert ">NOT YET<" in card
     assert ">PASS<" not in card
     assert "This looks like:" in card
-    assert checking.sentence(squared) in card
+    assert squared.sentence in card
 
 
 def test_the_scorecard_says_what_is_there_and_what_is_next(monkeypatch):
