@@ -389,7 +389,7 @@ def test_solved_exercises_run_on_one_core_in_900_mb(lesson):
         build.run_cells(client, notebook.cells)
         peak = peak_megabytes(process)
     print(f"exercises {lesson} on one core: {time.perf_counter() - begin:.1f} s, {peak:.0f} MB")
-    assert scores(notebook) == {question.id: question.points for question in exercises.questions(lesson)}
+    assert scores(notebook) == {question.id: question.points for question in exercises.questions_of(lesson)}
     assert peak <= 900
 
 
@@ -400,9 +400,9 @@ def test_after_a_killed_kernel_every_question_goes_on_from_the_set_up(lesson):
     forget = nbformat.v4.new_code_cell("%reset -f", id="forget")  # all names, as a killed kernel does, in no time
     notebook.cells.append(forget)
     with build.kernel(notebook) as client:
-        for question in exercises.questions(lesson):
+        for question in exercises.questions_of(lesson):
             own = question.id.replace(".", "-")
             names = ["forget", "setup", *(f"{role}-{own}" for role in ("answer", "try", "check"))]
             chosen = [cell for cell in notebook.cells if cell.id in names]
             build.run_cells(client, [forget, *chosen[:-1]])
-    assert scores(notebook) == {question.id: question.points for question in exercises.questions(lesson)}
+    assert scores(notebook) == {question.id: question.points for question in exercises.questions_of(lesson)}

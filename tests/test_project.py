@@ -94,7 +94,7 @@ def budget():
             yield f"lines of code in {path}", lines, 200
     others = {path: len(text_of(path).splitlines()) for path in python_files() if not is_notebook_source(path)}
     # What the exercises ask and the right and wrong answers to it: text that happens to be code.
-    graded = {path: n for path, n in others.items() if path.name.startswith("lesson_") or "answers" in path.parts}
+    graded = {path: n for path, n in others.items() if {"questions", "answers"} & set(path.parts)}
     yield "lines of questions and of answers to them", sum(graded.values()), 4800
     yield "lines of other Python, no notebook source", sum(others.values()) - sum(graded.values()), 12000
     lessons = project["optional-dependencies"]["lessons"]

@@ -234,21 +234,22 @@ def _describe(name: str, value: object, found: dict[str, Any]) -> None:
 
 
 _EXACTLY: dict[type, Any] = {int: int.__int__, float: float.__float__, str: str.__str__}
+_ITEMS: dict[type, Any] = {list: list.__iter__, tuple: tuple.__iter__}
 
 
-def plain(value: object) -> Plain:
+def plain(value: Any) -> Plain:
     """Return what JSON can carry as exactly that: a subclass with methods of its own becomes what it is a kind of."""
-    given: Any = type(value)  # isinstance would ask the value for its class
+    given = type(value)  # isinstance would ask the value for its class
     if given in (type(None), bool):
         return value
     for kind, exactly in _EXACTLY.items():
         if issubclass(given, kind):
             return exactly(value)
-    if issubclass(given, dict):
-        return {plain(key): plain(item) for key, item in dict.items(value)}  # type: ignore[arg-type]
-    for kind in (list, tuple):
+    for kind, items in _ITEMS.items():
         if issubclass(given, kind):
-            return [plain(item) for item in kind.__iter__(value)]
+            return [plain(item) for item in items(value)]
+    if issubclass(given, dict):
+        return {plain(key): plain(item) for key, item in dict.items(value)}
     raise TypeError(f"This gave {shown(value, 80)}, which is no number, text or list of them.")
 
 
