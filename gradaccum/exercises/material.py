@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import textwrap
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -115,3 +116,47 @@ def update_with(fill: Callable[..., Any]) -> Callable[..., Any]:
 def _numbers(tensors: Sequence[Tensor]) -> list[float]:
     found: list[float] = torch.cat([tensor.detach().double().flatten() for tensor in tensors]).tolist()
     return found
+
+
+# lesson 1
+
+
+def token_batches(shapes: Sequence[Sequence[int]], seed: int) -> list[Batch]:
+    """Draw inputs and targets for `token_model`, both of shape (rows, length), for each shape."""
+    draw = torch.Generator().manual_seed(seed)
+    drawn = [torch.randint(7, (2, *shape), generator=draw) for shape in shapes]
+    return [(inputs, targets) for inputs, targets in drawn]
+
+
+def optimizer_for(model: nn.Module, name: str) -> torch.optim.Optimizer:
+    """Make "SGD", "SGD with momentum" or "Adam" for a model."""
+    if name == "Adam":
+        return torch.optim.Adam(model.parameters(), lr=0.02)
+    return torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9 if name.endswith("momentum") else 0.0)
+
+
+def moved(model: nn.Module, before: Sequence[float]) -> dict[str, list[float]]:
+    """Return by how much each weight is no longer what it was."""
+    return {"weights moved by": [now - then for now, then in zip(weights(model), before, strict=True)]}
+
+
+def kind(value: object) -> str:
+    """Say what a value is, where a float is asked for: "a float", "a tensor", "nothing"."""
+    if isinstance(value, Tensor):
+        return "a tensor that holds its graph" if value.requires_grad else "a tensor"
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return "a float"
+    return "nothing" if value is None else f"an object of type {type(value).__name__}"
+
+
+def number(value: Any) -> float | str:
+    """Return the number that an answer gave, in whatever form, and in words what it is where it is none.
+
+    Example:
+        >>> number(torch.tensor([2.0])), number("2.0"), number(None)
+        (2.0, 'an object of type str', 'nothing')
+    """
+    try:
+        return kind(value) if isinstance(value, str | bool) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return kind(value)

@@ -1,0 +1,152 @@
+"""1.1: one training step of the naive loop."""
+
+import torch
+
+from gradaccum.exercises import material
+from gradaccum.exercises.question import Property, Question, mistake
+from gradaccum.exercises.questions.lesson_01 import loss_of, mean_loss
+
+
+def weights_moved(answer, case):
+    model, batches = material.token_model(case["seed"]), material.token_batches(case["shapes"], case["seed"])
+    optimizer, before = material.optimizer_for(model, case["optimizer"]), material.weights(model)
+    for inputs, targets in batches + batches[:-1]:  # as in a second epoch: an answer may not spoil its data
+        answer(model, optimizer, inputs, targets)
+    return material.moved(model, before)
+
+
+def right_move(case):
+    def assign_gradient(model, optimizer, inputs, targets):
+        parameters = list(model.parameters())
+        found = torch.autograd.grad(mean_loss(model, inputs, targets), parameters)
+        for parameter, this_alone in zip(parameters, found, strict=True):
+            parameter.grad = this_alone
+        optimizer.step()
+
+    return weights_moved(assign_gradient, case)
+
+
+def returned(answer, case):
+    model, [batch] = material.token_model(case["seed"]), material.token_batches(case["shapes"], case["seed"])
+    found = answer(model, material.optimizer_for(model, case["optimizer"]), *batch)
+    return material.number(found) if case["what"] == "number" else material.kind(found)
+
+
+def loss_before(case):
+    [batch] = material.token_batches(case["shapes"], case["seed"])
+    return mean_loss(material.token_model(case["seed"]), *batch).item()
+
+
+def with_each_optimizer(*runs, **more):
+    def cases(draw):
+        return [
+            {"optimizer": name, "shapes": run, "seed": draw.randrange(10**6)} | more
+            for run in runs
+            for name in ("SGD with momentum", "Adam")
+        ]
+
+    return cases
+
+
+TRIED = "{optimizer}, batches of [rows, tokens in a row] {shapes}"
+AGAIN = ", then all but the last once more"
+ONE_UPDATE = "one call makes the update of the loop"
+SEVERAL = "several calls in a row make one update each, from their own batch alone"
+ONE_BATCH, SMALL = ([[3, 4]], [[1, 5]]), ([[2, 3]], [[1, 1]])
+QUESTION = Question(
+    "One training step",
+    (
+        Property(ONE_UPDATE, 1, with_each_optimizer(*ONE_BATCH), weights_moved, right_move, TRIED),
+        Property(SEVERAL, 1, with_each_optimizer([[2, 3], [1, 5], [3, 1]]), weights_moved, right_move, TRIED + AGAIN),
+        Property(
+            "the loss from before the update comes back",
+            1,
+            with_each_optimizer(*SMALL, what="number"),
+            returned,
+            loss_before,
+            TRIED,
+        ),
+        Property(
+            "what comes back is a float",
+            1,
+            with_each_optimizer(*SMALL, what="kind"),
+            returned,
+            lambda case: "a float",
+            TRIED,
+            after=ONE_UPDATE,
+        ),
+    ),
+)
+
+
+def update(model, optimizer, loss):
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+@mistake("The loss comes back as a tensor, which holds its graph; loss.item() makes it a float.")
+def with_its_graph(model, optimizer, inputs, targets):
+    return update(model, optimizer, loss_of(model, inputs, targets))
+
+
+@mistake("The loss holds no graph any more, but it still is a tensor; loss.item() makes it a float.")
+def detached(model, optimizer, inputs, targets):
+    return update(model, optimizer, loss_of(model, inputs, targets)).detach()
+
+
+@mistake("Nothing comes back; the function has to return the loss, as a float.")
+def nothing_returned(model, optimizer, inputs, targets):
+    update(model, optimizer, loss_of(model, inputs, targets))
+
+
+@mistake("The loss that comes back was computed again after the update; return the one that backward() started from.")
+def loss_afterwards(model, optimizer, inputs, targets):
+    update(model, optimizer, loss_of(model, inputs, targets))
+    return loss_of(model, inputs, targets).item()
+
+
+@mistake("The losses of all tokens are added up, so loss and gradient grow with the batch; take cross_entropy's mean.")
+def summed(model, optimizer, inputs, targets):
+    return update(model, optimizer, loss_of(model, inputs, targets, "sum")).item()
+
+
+@mistake("The sum is divided by the rows; the mean is over all tokens, and each row holds several.")
+def divided_by_rows(model, optimizer, inputs, targets):
+    return update(model, optimizer, loss_of(model, inputs, targets, "sum") / len(targets)).item()
+
+
+@mistake(
+    "The gradients of earlier batches are still in .grad, and the new one is added to them; call zero_grad() once in "
+    "every step."
+)
+def not_cleared(model, optimizer, inputs, targets):
+    loss = loss_of(model, inputs, targets)
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+@mistake(
+    "The weights never move; step() uses what backward() left in .grad, so call backward(), then step(), and no "
+    "zero_grad() between the two."
+)
+def never_moves(model, optimizer, inputs, targets):
+    loss = loss_of(model, inputs, targets)
+    loss.backward()
+    optimizer.zero_grad()
+    optimizer.step()
+    return loss.item()
+
+
+@mistake(
+    "The step comes before backward(), so it moves the weights by the gradient of the batch before; call backward() "
+    "first, then step()."
+)
+def one_batch_late(model, optimizer, inputs, targets):
+    loss = loss_of(model, inputs, targets)
+    optimizer.step()
+    optimizer.zero_grad()
+    loss.backward()
+    return loss.item()
