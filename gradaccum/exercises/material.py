@@ -129,10 +129,10 @@ def token_batches(shapes: Sequence[Sequence[int]], seed: int) -> list[Batch]:
 
 
 def optimizer_for(model: nn.Module, name: str) -> torch.optim.Optimizer:
-    """Make "SGD", "SGD with momentum" or "Adam" for a model."""
+    """Make "SGD with momentum" or "Adam" for a model."""
     if name == "Adam":
         return torch.optim.Adam(model.parameters(), lr=0.02)
-    return torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9 if name.endswith("momentum") else 0.0)
+    return torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
 
 
 def moved(model: nn.Module, before: Sequence[float]) -> dict[str, list[float]]:
@@ -160,3 +160,15 @@ def number(value: Any) -> float | str:
         return kind(value) if isinstance(value, str | bool) else float(value)
     except (TypeError, ValueError, RuntimeError):
         return kind(value)
+
+
+# lesson 2
+
+
+def run_of_windows(case: dict[str, Any]) -> tuple[nn.Module, torch.optim.Optimizer, list[list[Batch]]]:
+    """Make a case's model, its SGD and its windows of equal micro-batches."""
+    k, model = case["accumulation_steps"], classifier(case["seed"])
+    micro_batches = samples([case["size"]] * k * case["windows"], case["seed"])
+    windows = [micro_batches[i : i + k] for i in range(0, len(micro_batches), k)]
+    windows += windows[:-1]  # as in a second epoch: an answer may not spoil its data
+    return model, torch.optim.SGD(model.parameters(), lr=case["learning_rate"]), windows

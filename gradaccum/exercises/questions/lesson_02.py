@@ -1,0 +1,110 @@
+"""What the questions of lesson 2 share: updates moved by hand, and what goes wrong in the update of a window."""
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from gradaccum.exercises import material
+from gradaccum.exercises.question import Property, known_mistakes, mistake
+
+
+def shaped(*shapes):
+    """Draw cases: how many windows, of how many micro-batches, of how many samples."""
+
+    def cases(draw):
+        names = ("windows", "accumulation_steps", "size")
+        drawn = [{"seed": draw.randrange(10**6), "learning_rate": draw.randrange(5, 30) / 100} for _ in shapes]
+        return [dict(zip(names, shape, strict=True)) | each for shape, each in zip(shapes, drawn, strict=True)]
+
+    return cases
+
+
+def moved_by_sums(case):
+    """Move the weights by hand: the learning rate times the gradient of the sum of a window's losses."""
+    model, _, windows = material.run_of_windows(case)
+    before, parameters = material.weights(model), list(model.parameters())
+    for window in windows:
+        loss = sum(cross_entropy(model(inputs), targets) for inputs, targets in window)
+        gradients = torch.autograd.grad(loss, parameters)
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter -= case["learning_rate"] * gradient
+    return material.moved(model, before)
+
+
+def moves(name, points, probe, tried, *shapes):
+    again = ", then all but the last once more" if "{windows}" in tried else ""
+    return Property(name, points, shaped(*shapes), probe, moved_by_sums, f"{tried} of size {{size}}{again}")
+
+
+ONE_WINDOW = "one window makes one update, by the sum of its gradients"
+ONE_TRIED = "one window of {accumulation_steps} micro-batches"
+MANY_TRIED = "{windows} windows, each of {accumulation_steps} micro-batches"
+ONE_SHAPES = (1, 4, 3), (1, 2, 5), (1, 7, 1), (1, 8, 64)  # windows, k and the size: no single number serves them all
+MANY_SHAPES = (2, 3, 4), (4, 2, 3), (3, 5, 1)
+
+
+def collect(model, micro_batches, factor=1.0):
+    for inputs, targets in micro_batches:
+        (factor * cross_entropy(model(inputs), targets)).backward()
+
+
+@mistake(
+    "Only the last micro-batch of a window reaches the step: either the gradients are cleared for each micro-batch, or "
+    "backward() is called for the last one alone; call it for each, and clear once per window."
+)
+def cleared_inside(model, optimizer, micro_batches):
+    for inputs, targets in micro_batches:
+        optimizer.zero_grad()
+        cross_entropy(model(inputs), targets).backward()
+    optimizer.step()
+
+
+@mistake(
+    "Nothing is cleared between two windows, so a step uses the gradients of all earlier windows once more; clear once "
+    "per window."
+)
+def not_cleared(model, optimizer, micro_batches):
+    collect(model, micro_batches)
+    optimizer.step()
+
+
+@mistake(
+    "The weights do not move: either nothing calls optimizer.step(), or the gradients are cleared before it can read "
+    "them; step after a window's last backward(), then clear."
+)
+def cleared_before_step(model, optimizer, micro_batches):
+    collect(model, micro_batches)
+    optimizer.zero_grad()
+    optimizer.step()
+
+
+@mistake("There is a step for every micro-batch; a window makes one, after its last micro-batch.")
+def stepped_each_time(model, optimizer, micro_batches):
+    for inputs, targets in micro_batches:
+        cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@mistake(
+    "There is a step for every micro-batch, each by all that was collected so far; a window makes one, after its last "
+    "micro-batch."
+)
+def stepped_and_collected(model, optimizer, micro_batches):
+    for inputs, targets in micro_batches:
+        cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+    optimizer.zero_grad()
+
+
+@mistake(
+    "The update uses the mean over the window, which is k times smaller than the sum that is asked for here; it is "
+    "lesson 3 that divides."
+)
+def divided(model, optimizer, micro_batches):
+    collect(model, micro_batches, 1 / len(micro_batches))
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+OF_A_WINDOW = known_mistakes(globals())
