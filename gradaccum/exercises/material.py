@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy  # noqa: F401 - for the texts that `function_of` takes
 
-from gradaccum.exercises.compare import Difference
+from gradaccum.data import random_tokens
+from gradaccum.exercises.compare import Difference, Plain
 from gradaccum.memory import measure_memory
 from gradaccum.models import embedding_linear
 
@@ -63,8 +64,11 @@ def weights(model: nn.Module) -> list[float]:
 
 
 def plain_number(value: object) -> object:
-    """Make a number of any kind a float; leave what is none, such as a text, for the card to show."""
-    return float(value) if hasattr(value, "__float__") else value
+    """Make a number of any kind plain, an int if it is whole; leave what is none, such as a text, for the card."""
+    if not hasattr(value, "__float__"):
+        return value
+    number = float(value)
+    return int(number) if number.is_integer() else number
 
 
 def peak_beyond_start(run: Callable[[], object], *known: object) -> int:
@@ -172,3 +176,28 @@ def run_of_windows(case: dict[str, Any]) -> tuple[nn.Module, torch.optim.Optimiz
     windows = [micro_batches[i : i + k] for i in range(0, len(micro_batches), k)]
     windows += windows[:-1]  # as in a second epoch: an answer may not spoil its data
     return model, torch.optim.SGD(model.parameters(), lr=case["learning_rate"]), windows
+
+
+# lesson 6
+
+
+def peak_of(peak: dict[str, int], samples: int) -> Callable[[int], int]:
+    """Make the function that 6.2 asks: in proportion to the samples, flat at first, then in whole steps."""
+    least, step = peak.get("flat up to", 0), peak.get("in steps of", 1)
+
+    def asked(micro_batch: int) -> int:
+        if micro_batch not in range(1, samples + 1):
+            raise ValueError(f"peak_of takes an int from 1 to {samples:,}, and was called with {micro_batch}.")
+        return peak["base"] + peak["for each sample"] * max(least, -(-int(micro_batch) // step) * step)
+
+    return asked
+
+
+def deep_token_model(case: dict[str, Plain]) -> tuple[nn.Module, torch.optim.Optimizer, list[Batch]]:
+    """Make the lesson's model with `layers` more layers, its optimizer, and a window of k micro-batches of `rows` rows."""
+    model = token_model(case["seed"], case["vocabulary"], width=8)
+    for _ in range(case["layers"]):
+        model.insert(1, nn.Sequential(nn.Linear(8, 8), nn.Tanh()).double())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    shape = {"length": 5, "vocabulary": case["vocabulary"], "seed": case["seed"]}
+    return model, optimizer, list(random_tokens(case["k"], case["rows"], **shape))

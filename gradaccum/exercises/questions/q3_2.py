@@ -6,7 +6,7 @@ from gradaccum.exercises.question import Property, Question, mistake
 
 def answered(answer, case):
     found = material.plain_number(answer(case["reduction"], case["sizes"]))
-    return found if found is None or isinstance(found, float) else f"{found!r:.80}"
+    return found if found is None or isinstance(found, int | float) else f"{found!r:.80}"
 
 
 def right_divisor(case):
