@@ -9,6 +9,9 @@ import inspect
 import textwrap
 from collections.abc import Callable, Sequence
 from numbers import Real
+
+
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -201,3 +204,38 @@ def deep_token_model(case: dict[str, Plain]) -> tuple[nn.Module, torch.optim.Opt
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     shape = {"length": 5, "vocabulary": case["vocabulary"], "seed": case["seed"]}
     return model, optimizer, list(random_tokens(case["k"], case["rows"], **shape))
+
+
+# lesson 4
+
+
+def stream(values: Sequence[Any], source: str) -> Iterable[Any]:
+    """Give values as the list that they are, or as a generator, which has no length and is read once."""
+    return list(values) if source == "list" else (value for value in values)
+
+
+def trained(case: dict[str, Any], train: Callable[..., object]) -> dict[str, Any]:
+    """Return how often train(model, optimizer, micro_batches, k) updates, and how far it takes the weights."""
+    model, updates = classifier(case["seed"]), list[int]()
+    # With momentum, no other learning rate makes up for a window's divisor.
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.5)
+    optimizer.register_step_post_hook(lambda *_: updates.append(1))
+    start = weights(model)
+    train(model, optimizer, samples([case["size"]] * case["number"], case["seed"]), case["k"])
+    moved = [after - before for after, before in zip(weights(model), start, strict=True)]
+    return {"updates": len(updates), "change of the weights": moved}
+
+
+def used(number: int, train: Callable[..., object]) -> list[list[int]]:
+    """List the micro-batches, numbered from 1, whose gradients each update of train(model, optimizer, them) uses."""
+    model, updates = nn.Linear(number, 3, bias=False, dtype=torch.float64), list[list[int]]()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def note(*_: object) -> None:  # number i alone gives gradients to column i
+        held = torch.zeros_like(model.weight) if model.weight.grad is None else model.weight.grad
+        updates.append([column + 1 for column in range(number) if held[:, column].any()])
+
+    optimizer.register_step_post_hook(note)  # not before the step: a closure makes the gradients in it
+    inputs, targets = torch.eye(number, dtype=torch.float64).split(1), torch.arange(number).remainder(3).split(1)
+    train(model, optimizer, list(zip(inputs, targets, strict=True)))
+    return updates
