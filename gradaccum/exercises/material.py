@@ -12,14 +12,22 @@ from numbers import Real
 
 
 from collections.abc import Callable, Iterable, Sequence
+
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy  # noqa: F401 - for the texts that `function_of` takes
+from torch.nn.functional import cross_entropy
 
 from gradaccum.data import random_tokens
 from gradaccum.exercises.compare import Difference, Plain
+
+
+from gradaccum.data import IGNORED, count_targets
+from gradaccum.exercises.compare import Difference
 from gradaccum.memory import measure_memory
 from gradaccum.models import embedding_linear
 
@@ -239,3 +247,72 @@ def used(number: int, train: Callable[..., object]) -> list[list[int]]:
     inputs, targets = torch.eye(number, dtype=torch.float64).split(1), torch.arange(number).remainder(3).split(1)
     train(model, optimizer, list(zip(inputs, targets, strict=True)))
     return updates
+
+
+# lesson 5
+
+
+def padded_text(counts: Sequence[Sequence[int]], seed: int, vocabulary: int = 7) -> list[Batch]:
+    """Draw micro-batches of padded text: in its rows so many targets count, and all others are ignored.
+
+    Example:
+        >>> [(targets != IGNORED).sum(dim=1).tolist() for inputs, targets in padded_text([[3, 1], [0]], seed=0)]
+        [[3, 1], [0]]
+    """
+    draw, window = torch.Generator().manual_seed(seed), []
+    for rows in counts:
+        inputs = torch.zeros(len(rows), max(rows) + 2, dtype=torch.int64)
+        targets = torch.full_like(inputs, IGNORED)
+        for row, count in enumerate(rows):
+            inputs[row, : count + 1] = torch.randint(1, vocabulary, (count + 1,), generator=draw)
+            targets[row, 1 : count + 1] = torch.randint(vocabulary, (count,), generator=draw)
+            if count:
+                targets[row, count] = 0  # a line's end, as in the lesson
+        order = torch.randperm(inputs.shape[1], generator=draw)  # ignored may be any place
+        window.append((inputs[:, order], targets[:, order]))
+    return window
+
+
+def target_count(*micro_batches: Batch) -> int:
+    """Count the targets that are not ignored."""
+    return sum(int(count_targets(each)) for each in micro_batches)
+
+
+def token_loss(model: nn.Module, micro_batch: Batch, reduction: str = "sum") -> Tensor:
+    """Return the loss over the targets that are not ignored."""
+    inputs, targets = micro_batch
+    return cross_entropy(model(inputs).flatten(0, -2), targets.flatten(), reduction=reduction)
+
+
+def filled_with(losses: Callable[..., Iterable[Tensor]]) -> Callable[..., float]:
+    """Make of a generator of losses what fills `.grad`: a backward for each of them; it returns their sum."""
+
+    @wraps(losses)  # so that its text is that of the generator, under this decorator
+    def fill(model: nn.Module, micro_batches: Sequence[Batch]) -> float:
+        total = 0.0
+        for loss in losses(model, micro_batches):
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
+        return total
+
+    return fill
+
+
+def returned_mean(value: object) -> object:
+    """Make a mean that was returned a float, a word where it is nan: equal to another one, it can be recognized."""
+    found = plain_number(value)
+    return "not a number" if found != found else found
+
+
+def steep_model(seed: int, vocabulary: int = 7) -> nn.Sequential:
+    """Make a token model with large weights: its gradients are longer than 1, so that clipping them would show."""
+    model = token_model(seed, vocabulary)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    return model
+
+
+def plain_sgd(model: nn.Module, momentum: float = 0.0) -> torch.optim.SGD:
+    """Make an optimizer for a step; with momentum no learning rate makes up for a wrong divisor."""
+    return torch.optim.SGD(model.parameters(), lr=1.0, momentum=momentum)

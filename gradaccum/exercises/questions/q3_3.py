@@ -6,10 +6,9 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from gradaccum.exercises import material
-from gradaccum.exercises.compare import Difference
-from gradaccum.exercises.question import Property, Question, mistake
+from gradaccum.exercises.question import Question, mistake
 from gradaccum.exercises.questions import lesson_03
+from gradaccum.exercises.questions.verdicts import asking
 
 
 def summed_in_reverse(model, micro_batches):
@@ -80,47 +79,14 @@ WRONG = {
     "does not divide the gradient of the last parameter": last_weight_undivided,
     "does not divide the gradient of the first parameter": first_weight_undivided,
 }
-DOES = {material.text_of(fill): does for does, fill in (RIGHT | UNDIVIDED | WRONG).items()}
-
-
-def verdicts(answer, case):
-    return [bool(answer(material.update_with(material.function_of(text)))) for text in case["steps"]]
-
-
-def steps_of(asked, others):
-    """Mix the steps that are asked about with some others, so that no count of calls tells them apart."""
-
-    def cases(draw):
-        steps = [*asked.values(), *draw.sample([*others.values()], draw.randrange(1, 4))]
-        return [{"steps": [material.text_of(fill) for fill in draw.sample(steps, len(steps))]}]
-
-    return cases
-
-
-def right_verdicts(case):
-    return [[text in map(material.text_of, RIGHT.values()), DOES[text]] for text in case["steps"]]
-
-
-def calls(name, points, asked, others, tried, after):
-    """Make a property of what the learner's test calls each of some steps."""
-
-    def judge(got, expected):
-        for verdict, (wanted, does) in zip(got, expected, strict=True):
-            if does in asked and verdict != wanted:
-                said = {True: "right", False: "wrong"}
-                return Difference(f"{said[wanted]}, for every such step", f"{said[verdict]}, for a step that {does}")
-        return None
-
-    return Property(name, points, steps_of(asked, others), verdicts, right_verdicts, tried, judge, after)
-
-
 EVERY, NOTICES = "every right step is called right", "a step without the division is called wrong"
+calls = asking(RIGHT, UNDIVIDED | WRONG)
 QUESTION = Question(
     "A test that notices",
     (
-        calls(EVERY, 2, RIGHT, WRONG, "several right steps", after=NOTICES),
-        calls(NOTICES, 2, UNDIVIDED, RIGHT, "a step that does not divide", after=EVERY),
-        calls("other wrong steps are called wrong", 1, WRONG, RIGHT, "several wrong steps", after=EVERY),
+        calls(EVERY, 2, RIGHT, "several right steps", NOTICES),
+        calls(NOTICES, 2, UNDIVIDED, "a step that does not divide", EVERY),
+        calls("other wrong steps are called wrong", 1, WRONG, "several wrong steps", EVERY),
     ),
     forbidden=(),
 )

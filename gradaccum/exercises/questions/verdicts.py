@@ -1,0 +1,53 @@
+"""For questions that ask for a test: what it calls training steps, right and wrong ones mixed."""
+
+import ast
+
+from gradaccum.exercises import material
+from gradaccum.exercises.compare import Difference
+from gradaccum.exercises.question import Mistake, Property
+
+
+def verdicts(answer, case):
+    """Ask a learner's test about each step, in the order of the case."""
+    return [bool(answer(material.update_with(material.function_of(text)))) for text in case["steps"]]
+
+
+def text_of(fill):
+    """Return a function's text, without the decorator that makes it a known mistake."""
+    tree = ast.parse(material.text_of(fill.answer if isinstance(fill, Mistake) else fill))
+    (function,) = tree.body
+    function.decorator_list = [each for each in function.decorator_list if not ast.unparse(each).startswith("mistake(")]
+    return ast.unparse(tree)
+
+
+def asking(right, wrong):
+    """Return what makes a property of a learner's test: that it calls some of these steps what they are.
+
+    Each step is a way to fill `.grad`, under what it does. They come in an order drawn from the seed, mixed with one to
+    three of the other kind, so that no count of the calls tells them apart.
+    """
+    texts = {does: text_of(fill) for does, fill in {**right, **wrong}.items()}
+    does = {text: name for name, text in texts.items()}
+
+    def calls(name, points, asked, tried, after):
+        others = [texts[each] for each in (right if asked.keys() <= wrong.keys() else wrong)]
+
+        def cases(draw):
+            steps = [*(texts[each] for each in asked), *draw.sample(others, draw.randrange(1, 4))]
+            return [{"steps": draw.sample(steps, len(steps))}]
+
+        def expected(case):
+            return [(does[text] in right, does[text]) for text in case["steps"]]
+
+        def judge(got, expected):
+            said = {True: "right", False: "wrong"}
+            for verdict, (wanted, what) in zip(got, expected, strict=True):
+                if what in asked and verdict != wanted:
+                    return Difference(
+                        f"{said[wanted]}, for every such step", f"{said[verdict]}, for a step that {what}"
+                    )
+            return None
+
+        return Property(name, points, cases, verdicts, expected, tried, judge, after)
+
+    return calls
