@@ -91,9 +91,10 @@ def _judged(each: Property, cases: list[Case], seen: list[Seen], expected: list[
         if difference and found is None:
             found = Result(each.name, each.points, False, tried, difference)
         # A factor in one case and none in another is a coincidence, and would send the learner the wrong way.
-        if difference and found and found.difference and not difference.relation.startswith("exactly"):
-            if found.difference.relation.startswith("exactly"):
-                found = found._replace(difference=found.difference._replace(relation=""))
+        if found and found.difference and difference and not difference.relation.startswith("exactly"):
+            relation = found.difference.relation
+            kept = "" if relation.startswith("exactly") else relation
+            found = found._replace(difference=found.difference._replace(relation=kept))
     return found or Result(each.name, each.points, True if len(seen) == len(cases) else None)
 
 

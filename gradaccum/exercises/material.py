@@ -7,27 +7,17 @@ from __future__ import annotations
 
 import inspect
 import textwrap
-from collections.abc import Callable, Sequence
-from numbers import Real
-
-
-from collections.abc import Callable, Iterable, Sequence
-
-
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from gradaccum.data import random_tokens
+from gradaccum.data import IGNORED, count_targets, random_tokens
 from gradaccum.exercises.compare import Difference, Plain
-
-
-from gradaccum.data import IGNORED, count_targets
-from gradaccum.exercises.compare import Difference
 from gradaccum.memory import measure_memory
 from gradaccum.models import embedding_linear
 
@@ -189,31 +179,6 @@ def run_of_windows(case: dict[str, Any]) -> tuple[nn.Module, torch.optim.Optimiz
     return model, torch.optim.SGD(model.parameters(), lr=case["learning_rate"]), windows
 
 
-# lesson 6
-
-
-def peak_of(peak: dict[str, int], samples: int) -> Callable[[int], int]:
-    """Make the function that 6.2 asks: in proportion to the samples, flat at first, then in whole steps."""
-    least, step = peak.get("flat up to", 0), peak.get("in steps of", 1)
-
-    def asked(micro_batch: int) -> int:
-        if micro_batch not in range(1, samples + 1):
-            raise ValueError(f"peak_of takes an int from 1 to {samples:,}, and was called with {micro_batch}.")
-        return peak["base"] + peak["for each sample"] * max(least, -(-int(micro_batch) // step) * step)
-
-    return asked
-
-
-def deep_token_model(case: dict[str, Plain]) -> tuple[nn.Module, torch.optim.Optimizer, list[Batch]]:
-    """Make the lesson's model with `layers` more layers, its optimizer, and a window of k micro-batches of `rows` rows."""
-    model = token_model(case["seed"], case["vocabulary"], width=8)
-    for _ in range(case["layers"]):
-        model.insert(1, nn.Sequential(nn.Linear(8, 8), nn.Tanh()).double())
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    shape = {"length": 5, "vocabulary": case["vocabulary"], "seed": case["seed"]}
-    return model, optimizer, list(random_tokens(case["k"], case["rows"], **shape))
-
-
 # lesson 4
 
 
@@ -316,3 +281,28 @@ def steep_model(seed: int, vocabulary: int = 7) -> nn.Sequential:
 def plain_sgd(model: nn.Module, momentum: float = 0.0) -> torch.optim.SGD:
     """Make an optimizer for a step; with momentum no learning rate makes up for a wrong divisor."""
     return torch.optim.SGD(model.parameters(), lr=1.0, momentum=momentum)
+
+
+# lesson 6
+
+
+def peak_of(peak: dict[str, int], samples: int) -> Callable[[int], int]:
+    """Make the function that 6.2 asks: in proportion to the samples, flat at first, then in whole steps."""
+    least, step = peak.get("flat up to", 0), peak.get("in steps of", 1)
+
+    def asked(micro_batch: int) -> int:
+        if micro_batch not in range(1, samples + 1):
+            raise ValueError(f"peak_of takes an int from 1 to {samples:,}, and was called with {micro_batch}.")
+        return peak["base"] + peak["for each sample"] * max(least, -(-int(micro_batch) // step) * step)
+
+    return asked
+
+
+def deep_token_model(case: dict[str, Plain]) -> tuple[nn.Module, torch.optim.Optimizer, list[Batch]]:
+    """Make the lesson's model with more layers, its optimizer, and a window of k micro-batches."""
+    model = token_model(case["seed"], case["vocabulary"], width=8)
+    for _ in range(case["layers"]):
+        model.insert(1, nn.Sequential(nn.Linear(8, 8), nn.Tanh()).double())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    shape = {"length": 5, "vocabulary": case["vocabulary"], "seed": case["seed"]}
+    return model, optimizer, list(random_tokens(case["k"], case["rows"], **shape))
