@@ -1,6 +1,7 @@
 """1.1: one training step of the naive loop."""
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from gradaccum.exercises import material
 from gradaccum.exercises.question import Property, Question, mistake
@@ -86,12 +87,12 @@ def update(model, optimizer, loss):
     return loss
 
 
-@mistake("The loss comes back as a tensor, which holds its graph; loss.item() makes it a float.")
+@mistake("What comes back is a tensor, which holds its graph; loss.item() makes the loss a float.")
 def with_its_graph(model, optimizer, inputs, targets):
     return update(model, optimizer, loss_of(model, inputs, targets))
 
 
-@mistake("The loss holds no graph any more, but it still is a tensor; loss.item() makes it a float.")
+@mistake("What comes back holds no graph any more, but it still is a tensor; loss.item() makes the loss a float.")
 def detached(model, optimizer, inputs, targets):
     return update(model, optimizer, loss_of(model, inputs, targets)).detach()
 
@@ -115,6 +116,36 @@ def summed(model, optimizer, inputs, targets):
 @mistake("The sum is divided by the rows; the mean is over all tokens, and each row holds several.")
 def divided_by_rows(model, optimizer, inputs, targets):
     return update(model, optimizer, loss_of(model, inputs, targets, "sum") / len(targets)).item()
+
+
+@mistake("cross_entropy's mean is divided by the rows once more; it is the mean over all tokens already.")
+def divided_again(model, optimizer, inputs, targets):
+    return update(model, optimizer, loss_of(model, inputs, targets) / len(targets)).item()
+
+
+@mistake(
+    "Logits and targets are shifted by one position against each other; here each target already is the one for the "
+    "logits at its own position, so take all of both."
+)
+def shifted_again(model, optimizer, inputs, targets):
+    logits = model(inputs)[:, :-1]
+    return update(model, optimizer, cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten())).item()
+
+
+@mistake("cross_entropy wants the logits as they come from the model; it does the softmax itself, so leave yours out.")
+def softmax_first(model, optimizer, inputs, targets):
+    probabilities = model(inputs).softmax(-1)
+    return update(model, optimizer, cross_entropy(probabilities.flatten(0, 1), targets.flatten())).item()
+
+
+@mistake(
+    "The logits have the shape that cross_entropy wants, but a reshape has mixed the scores of several tokens; flatten "
+    "the first two dimensions, or swap the last two by transpose(1, 2)."
+)
+def reshaped(model, optimizer, inputs, targets):
+    logits = model(inputs)
+    rows, length, vocabulary = logits.shape
+    return update(model, optimizer, cross_entropy(logits.reshape(rows, vocabulary, length), targets)).item()
 
 
 @mistake(
@@ -150,3 +181,28 @@ def one_batch_late(model, optimizer, inputs, targets):
     optimizer.zero_grad()
     loss.backward()
     return loss.item()
+
+
+@mistake("One call makes two steps by the same gradient; a batch makes one, so call step() once.")
+def stepped_twice(model, optimizer, inputs, targets):
+    loss = update(model, optimizer, loss_of(model, inputs, targets))
+    optimizer.step()
+    return loss.item()
+
+
+@mistake(
+    "What the optimizer remembers from one call to the next is lost, as with a new optimizer in every call; use the "
+    "one that you are given, as it is."
+)
+def new_optimizer(model, optimizer, inputs, targets):
+    optimizer.state.clear()
+    return update(model, optimizer, loss_of(model, inputs, targets)).item()
+
+
+@mistake(
+    "The weights move by the learning rate times the gradient, as plain SGD does, whatever the optimizer; call the "
+    "step() of the one that you are given."
+)
+def moved_by_sgd(model, optimizer, inputs, targets):
+    plain_sgd = torch.optim.SGD(model.parameters(), lr=optimizer.param_groups[0]["lr"])
+    return update(model, plain_sgd, loss_of(model, inputs, targets)).item()

@@ -55,7 +55,7 @@ def stays_flat(got, growth):
 
 def epochs(**more):
     def cases(draw):
-        shapes = [(3, 4, 2), (1, 2, 5), (5, 1, 1), (draw.randrange(12, 17), 2, 1)]
+        shapes = [(3, 4, 2), (1, 2, 5), (5, 1, 1), (draw.randrange(11, 14), 2, 1)]
         return [{"batches": n, "shape": shape, "seed": draw.randrange(10**6)} | more for n, *shape in shapes]
 
     return cases
@@ -108,14 +108,14 @@ def added_as_tensors(model, batches):
 
 
 @mistake(
-    "What comes back is a float, but something large is kept of every batch until the end; make each batch's loss a "
-    "float inside the loop, and keep nothing else."
+    "Something large is held of all batches at once: their graphs, their logits, or all of them joined to one batch; "
+    "make each batch's loss a float inside the loop, and keep nothing else."
 )
 def float_at_the_end(model, batches):
     return (sum(loss_of(model, *batch) for batch in batches) / len(batches)).item()
 
 
-@mistake("The graphs are gone, but what comes back still is a tensor; .item() makes it a float.")
+@mistake("What comes back holds no graph any more, but it still is a tensor; .item() makes it a float.")
 def added_detached(model, batches):
     return sum(loss_of(model, *batch).detach() for batch in batches) / len(batches)
 
@@ -138,3 +138,42 @@ def backward_to_free(model, batches):
         loss.backward()
         total += loss.item()
     return total / len(batches)
+
+
+@mistake(
+    "Afterwards .grad is empty, and it may have held something that training needs; this function only measures, so "
+    "no backward() and no zero_grad(): a float holds no graph."
+)
+def gradients_cleared(model, batches):
+    model.zero_grad()
+    return not_divided(model, batches) / len(batches)
+
+
+@mistake("Only the first batch is counted, as when the return is inside the loop; return after the last batch.")
+def first_batch_divided(model, batches):
+    return loss_of(model, *batches[0]).item() / len(batches)
+
+
+@mistake("Only the last batch is counted, as when each loss takes the place of the sum; add it to the sum, with +=.")
+def last_batch_divided(model, batches):
+    return loss_of(model, *batches[-1]).item() / len(batches)
+
+
+@mistake("The losses are divided by the number of batches twice; once makes their mean.")
+def divided_twice(model, batches):
+    return not_divided(model, batches) / len(batches) ** 2
+
+
+@mistake(
+    "The losses are divided by the number of tokens; each is a mean over its tokens already, so divide by batches."
+)
+def divided_by_tokens(model, batches):
+    return not_divided(model, batches) / sum(targets.numel() for _, targets in batches)
+
+
+@mistake(
+    "Each loss is divided by the batches so far, and only the last of these is the number of all; add the losses up "
+    "and divide by the number of batches."
+)
+def divided_by_those_so_far(model, batches):
+    return sum(loss_of(model, *batch).item() / (i + 1) for i, batch in enumerate(batches))

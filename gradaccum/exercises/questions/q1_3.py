@@ -47,6 +47,40 @@ def wrong_way_round(noise, batch_size, new_batch_size):
     return noise * (new_batch_size / batch_size) ** 0.5
 
 
+@mistake(
+    "The two sizes are the wrong way round, and the root is missing; a larger batch is quieter, by the square root of "
+    "how many times larger it is."
+)
+def wrong_way_without_root(noise, batch_size, new_batch_size):
+    return noise * new_batch_size / batch_size
+
+
+@mistake("This takes half and no root, as x ** 1 / 2 does, where ** comes first; write x ** 0.5, or x ** (1 / 2).")
+def halved(noise, batch_size, new_batch_size):
+    return noise * (batch_size / new_batch_size) ** 1 / 2
+
+
+@mistake("The root is taken of the noise too; it belongs to the sizes alone.")
+def root_of_all(noise, batch_size, new_batch_size):
+    return (noise * batch_size / new_batch_size) ** 0.5
+
+
+@mistake("The root is taken of the old batch size alone; it is that of both, or of one divided by the other.")
+def root_of_old_size(noise, batch_size, new_batch_size):
+    return noise * batch_size**0.5 / new_batch_size
+
+
+@mistake("A smaller batch comes out as noisy as the old one; the rule is the same in both directions: it is noisier.")
+def never_noisier(noise, batch_size, new_batch_size):
+    return noise / max(1, new_batch_size / batch_size) ** 0.5
+
+
+@mistake("A smaller batch comes out quieter than the old one; it is noisier, so the ratio must not be turned round.")
+def always_quieter(noise, batch_size, new_batch_size):
+    sizes = batch_size, new_batch_size
+    return noise * (min(sizes) / max(sizes)) ** 0.5
+
+
 @mistake("This is the square of the noise; the noise itself falls as one over the square root of the batch size.")
 def squared(noise, batch_size, new_batch_size):
     return noise**2 * batch_size / new_batch_size

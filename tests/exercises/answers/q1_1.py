@@ -1,5 +1,6 @@
 """1.1: further right answers, which must get full points, and wrong ones, which must not."""
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, nll_loss
@@ -95,7 +96,83 @@ def moves_by_its_own_rule(model, optimizer, inputs, targets):
     return loss.item()
 
 
-RIGHT = [clears_first, row_by_row_cleared_to_zeros, assigns_the_gradient, gives_a_closure, one_gradient_per_token]
+def differentiates_a_function(model, optimizer, inputs, targets):
+    def loss_at(weights):
+        logits = torch.func.functional_call(model, weights, (inputs,))
+        return cross_entropy(logits.log_softmax(-1).transpose(1, 2), targets)
+
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    gradients, loss = torch.func.grad_and_value(loss_at)(weights)
+    for name, parameter in model.named_parameters():
+        parameter.grad = gradients[name]
+    optimizer.step()
+    return loss.item()
+
+
+def adds_foreach(model, optimizer, inputs, targets):
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    loss = flat(model, inputs, targets)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    torch._foreach_add_([parameter.grad for parameter in parameters], list(torch.autograd.grad(loss, parameters)))
+    optimizer.step()
+    return np.float64(loss.item())
+
+
+def squeezes_in_place(model, optimizer, inputs, targets):
+    before = clears_first(model, optimizer, inputs, targets)
+    targets.squeeze_()
+    return before
+
+
+def leaves_eval_on(model, optimizer, inputs, targets):
+    model.eval()
+    return clears_first(model, optimizer, inputs, targets)
+
+
+def clears_one_layer(model, optimizer, inputs, targets):
+    loss = flat(model, inputs, targets)
+    loss.backward()
+    optimizer.step()
+    model[0].zero_grad()
+    return loss.item()
+
+
+def closure_that_never_clears(model, optimizer, inputs, targets):
+    def closure():
+        loss = flat(model, inputs, targets)
+        loss.backward()
+        return loss
+
+    return optimizer.step(closure).item()
+
+
+def never_clears_and_returns_the_tensor(model, optimizer, inputs, targets):
+    loss = flat(model, inputs, targets)
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+def returns_the_logits(model, optimizer, inputs, targets):
+    logits = model(inputs)
+    update(model, optimizer, cross_entropy(logits.flatten(0, 1), targets.flatten()))
+    return logits
+
+
+def shifts_the_other_way(model, optimizer, inputs, targets):
+    return update(model, optimizer, cross_entropy(model(inputs)[:, 1:].flatten(0, 1), targets[:, :-1].flatten()))
+
+
+RIGHT = [
+    clears_first,
+    row_by_row_cleared_to_zeros,
+    assigns_the_gradient,
+    gives_a_closure,
+    one_gradient_per_token,
+    differentiates_a_function,
+    adds_foreach,
+]
 WRONG = [
     steps_twice,
     last_position_alone,
@@ -104,4 +181,18 @@ WRONG = [
     makes_its_own_optimizer,
     lambda *step: round(clears_first(*step), 2),
     lambda *step: 0.0,
+    squeezes_in_place,
+    leaves_eval_on,
+    clears_one_layer,
+]
+NAMED = [
+    (steps_twice, "stepped_twice"),
+    (makes_its_own_optimizer, "new_optimizer"),
+    (moves_by_its_own_rule,),
+    (closure_that_never_clears, "not_cleared"),
+    (never_clears_and_returns_the_tensor, "not_cleared", "with_its_graph"),
+    (returns_the_logits, "with_its_graph", ...),
+    (shifts_the_other_way,),
+    (clears_one_layer,),
+    (last_position_alone,),
 ]

@@ -83,7 +83,58 @@ def moves_the_weights(model, batches):
     return before
 
 
-RIGHT = [floats_in_a_list, without_gradients, inferred, detached_and_weighted, restores_the_gradients]
+def evaluates_and_goes_back(model, batches):
+    model.eval()
+    with torch.no_grad():
+        found = floats_in_a_list(model, batches)
+    model.train()
+    return found
+
+
+def detaches_in_place(model, batches):
+    total = 0
+    for batch in batches:
+        total += flat(model, *batch).detach_()
+    return float(total) / len(batches)
+
+
+def mean_so_far(model, batches):
+    mean = 0.0
+    for count, batch in enumerate(batches, start=1):
+        mean += (flat(model, *batch).item() - mean) / count
+    return mean
+
+
+def leaves_eval_on(model, batches):
+    model.eval()
+    return floats_in_a_list(model, batches)
+
+
+def adds_with_graphs_then_detaches(model, batches):
+    return (sum(flat(model, *batch) for batch in batches) / len(batches)).detach()
+
+
+def undivided_with_graphs(model, batches):
+    return sum(flat(model, *batch) for batch in batches)
+
+
+def returns_in_the_loop(model, batches):
+    total = 0
+    for batch in batches:
+        total += flat(model, *batch).item()
+        return total / len(batches)
+
+
+RIGHT = [
+    floats_in_a_list,
+    without_gradients,
+    inferred,
+    detached_and_weighted,
+    restores_the_gradients,
+    evaluates_and_goes_back,
+    detaches_in_place,
+    mean_so_far,
+]
 WRONG = [
     joins_them_all,
     keeps_the_logits,
@@ -93,4 +144,15 @@ WRONG = [
     empties_the_list,
     lambda model, batches: floats_in_a_list(model, batches[:10]),
     lambda model, batches: 0.0,
+    leaves_eval_on,
+]
+NAMED = [
+    (keeps_the_logits, "float_at_the_end"),
+    (joins_them_all, "float_at_the_end"),
+    (adds_with_graphs_then_detaches, "added_detached", "float_at_the_end"),
+    (undivided_with_graphs, "not_divided", "added_as_tensors"),
+    (clears_the_gradients, "gradients_cleared"),
+    (returns_in_the_loop, "first_batch_divided"),
+    (moves_the_weights,),
+    (stays_frozen,),
 ]
