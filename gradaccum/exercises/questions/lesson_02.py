@@ -107,4 +107,70 @@ def divided(model, optimizer, micro_batches):
     optimizer.zero_grad()
 
 
+@mistake(
+    "Each loss is divided by the micro-batches so far, i + 1; leave the division out: the update uses the sum here, "
+    "and it is lesson 3 that divides."
+)
+def divided_by_those_so_far(model, optimizer, micro_batches):
+    for i, (inputs, targets) in enumerate(micro_batches):
+        (cross_entropy(model(inputs), targets) / (i + 1)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@mistake(
+    "Each loss is a sum over its samples, so the update is as many times too large as a micro-batch has samples; take "
+    "the mean of each micro-batch, as cross_entropy does by itself."
+)
+def summed_samples(model, optimizer, micro_batches):
+    for inputs, targets in micro_batches:
+        cross_entropy(model(inputs), targets, reduction="sum").backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@mistake(
+    "backward() starts from a running total, so the first micro-batches are added again with each later one; call it "
+    "on this micro-batch's own loss."
+)
+def running_total(model, optimizer, micro_batches, retain_graph=True):
+    total = 0.0
+    for inputs, targets in micro_batches:
+        total = total + cross_entropy(model(inputs), targets)
+        total.backward(retain_graph=retain_graph)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@mistake(
+    "A backward() meets a graph that an earlier one has freed: call it once for each micro-batch, on that "
+    "micro-batch's own loss and not on a running total, which retain_graph=True would count several times."
+)
+def freed_graph(model, optimizer, micro_batches):
+    running_total(model, optimizer, micro_batches, retain_graph=False)
+
+
+@mistake("There is a step for every micro-batch, and nothing is ever cleared; a window makes one step, and one clear.")
+def stepped_and_never_cleared(model, optimizer, micro_batches):
+    for inputs, targets in micro_batches:
+        cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+
+
+def with_division(each):
+    """Make the mistake that divides too: the update of plain SGD is the same if the learning rate is divided."""
+
+    def also_divided(model, optimizer, micro_batches):
+        optimizer.param_groups[0]["lr"] /= len(micro_batches)
+        each(model, optimizer, micro_batches)
+        optimizer.param_groups[0]["lr"] *= len(micro_batches)
+
+    return mistake(f"{each.sentence} And one more: it is divided by k too; leave that to lesson 3.")(also_divided)
+
+
+and_divided = {
+    "cleared_inside_and_divided": with_division(cleared_inside),
+    "not_cleared_and_divided": with_division(not_cleared),
+    "stepped_each_time_and_divided": with_division(stepped_each_time),
+}
 OF_A_WINDOW = known_mistakes(globals())

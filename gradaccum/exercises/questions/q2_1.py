@@ -21,14 +21,14 @@ def torch_holds(case):
 
 
 def events_like(*patterns):
-    """Draw a gradient for each g, and clear at each bar. Quarters, so that every order of adding is exact."""
+    """Draw a gradient for each g, and clear at each bar; two of each, so that no factor is found by chance."""
 
     def drawn(pattern, draw):
-        sizes = draw.sample(range(1, 40), len(pattern))  # no two the same
+        sizes = draw.sample(range(1, 40), len(pattern))  # no two the same, and every order of adding is exact
         numbers = [draw.choice([-1, 1]) * size / 4 for size in sizes]
         return ["clear" if sign == "|" else number for sign, number in zip(pattern, numbers, strict=True)]
 
-    return lambda draw: [{"events": drawn(pattern, draw)} for pattern in patterns]
+    return lambda draw: [{"events": drawn(pattern, draw)} for pattern in patterns * 2]
 
 
 def holds(name, *patterns):
@@ -52,6 +52,11 @@ def since(events):
 @mistake("The gradients are averaged; backward() adds each to .grad, and nothing divides by their number.")
 def the_mean(events):
     return sum(since(events)) / max(1, len(since(events)))
+
+
+@mistake(the_mean.sentence)
+def the_mean_of_nothing(events):
+    return sum(since(events)) / len(since(events))
 
 
 @mistake("Only the last gradient is left; backward() does not write over .grad, it adds to it.")
@@ -87,3 +92,28 @@ def up_to_the_clear(events):
 @mistake("A clear at the end does nothing here; it empties .grad at once, not at the next backward().")
 def cleared_late(events):
     return sum(since(events[:-1] if events[-1] == "clear" else events))
+
+
+@mistake("None comes back where .grad is empty in the end; return 0 there.")
+def none_if_empty(events):
+    return sum(since(events)) if since(events) else None
+
+
+@mistake("Everything after the first clear is counted; a later clear empties .grad again.")
+def after_the_first_clear(events):
+    later = events[events.index("clear") + 1 :] if "clear" in events else events
+    return sum(event for event in later if event != "clear")
+
+
+@mistake("Only the first event is counted, as when the return is inside the loop; return after the last event.")
+def first_event_alone(events):
+    return sum(since(events[:1]))
+
+
+@mistake(
+    "The gradients are averaged over all events, those before a clear among them; backward() adds each to .grad, a "
+    "clear empties it, and nothing divides."
+)
+def the_mean_of_all(events):
+    numbers = [event for event in events if event != "clear"]
+    return sum(numbers) / len(numbers)

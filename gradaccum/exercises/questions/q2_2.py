@@ -5,7 +5,7 @@ from torch.nn.functional import cross_entropy
 from gradaccum.exercises import material
 from gradaccum.exercises.question import Question, mistake
 from gradaccum.exercises.questions import lesson_02
-from gradaccum.exercises.questions.lesson_02 import moves
+from gradaccum.exercises.questions.lesson_02 import MANY_SHAPES, MANY_TRIED, ONE_SHAPES, ONE_TRIED, ONE_WINDOW, moves
 
 
 def moved_by_loop(answer, case):
@@ -25,25 +25,15 @@ def train(model, optimizer, micro_batches, accumulation_steps):
             optimizer.step()
 
 
+SEVERAL = "so does each of several windows, and nothing is left over from the one before"
+OF_ONE = "with accumulation_steps=1, every micro-batch makes its own update"
+OF_ONE_TRIED = "accumulation_steps=1 and {windows} micro-batches"
 QUESTION = Question(
     "The gradients that got lost",
     (
-        moves(lesson_02.ONE_WINDOW, 1, moved_by_loop, lesson_02.ONE_TRIED, *lesson_02.ONE_SHAPES),
-        moves(
-            "so does each of several windows, and nothing is left over from the one before",
-            2,
-            moved_by_loop,
-            lesson_02.MANY_TRIED,
-            *lesson_02.MANY_SHAPES,
-        ),
-        moves(
-            "with accumulation_steps=1, every micro-batch makes its own update",
-            0,
-            moved_by_loop,
-            "accumulation_steps=1 and {windows} micro-batches",
-            (5, 1, 3),
-            (3, 1, 1),
-        ),
+        moves(ONE_WINDOW, 1, moved_by_loop, ONE_TRIED, *ONE_SHAPES),
+        moves(SEVERAL, 2, moved_by_loop, MANY_TRIED, *MANY_SHAPES),
+        moves(OF_ONE, 0, moved_by_loop, OF_ONE_TRIED, (5, 1, 3), (3, 1, 1)),
     ),
     given=train,
 )
@@ -62,21 +52,38 @@ def loop(delayed_step):
 in_a_loop = {name: mistake(each.sentence)(loop(each.answer)) for name, each in lesson_02.OF_A_WINDOW.items()}
 
 
-@mistake(
+def step_where(due, start=0):
+    """Make a loop that steps and clears where `due` says so, of the loop's count and accumulation_steps."""
+
+    def train(model, optimizer, micro_batches, accumulation_steps):
+        for step, (inputs, targets) in enumerate(micro_batches, start):
+            cross_entropy(model(inputs), targets).backward()
+            if due(step, accumulation_steps):
+                optimizer.step()
+                optimizer.zero_grad()
+
+    return train
+
+
+stepped_early = mistake(
     "The step comes after the first micro-batch of a window; the loop counts from 0, so the last one of a window is "
     "where step + 1 is a multiple of accumulation_steps."
-)
-def stepped_early(model, optimizer, micro_batches, accumulation_steps):
-    for step, (inputs, targets) in enumerate(micro_batches):
-        cross_entropy(model(inputs), targets).backward()
-        if step % accumulation_steps == 0:
-            optimizer.step()
-            optimizer.zero_grad()
+)(step_where(lambda step, k: step % k == 0))
+
+one_short = mistake(
+    "Each step comes one micro-batch too early: where the loop counts from 1, the last of a window is where step, not "
+    "step + 1, is a multiple of accumulation_steps."
+)(step_where(lambda step, k: (step + 1) % k == 0, start=1))
+
+one_more = mistake(
+    "Each step comes one micro-batch too late, so it has the first gradient of the next window too; the loop counts "
+    "from 0, so the last of a window is where step + 1 is a multiple of accumulation_steps."
+)(step_where(lambda step, k: step > 0 and step % k == 0))
 
 
 @mistake(
-    "The step of a window comes only when the next window begins, so the last window never makes one; step right after "
-    "a window's last backward()."
+    "The last window never makes its step: either a step comes only when the next window begins, or the loop ends one "
+    "window early; step right after each window's last backward()."
 )
 def stepped_late(model, optimizer, micro_batches, accumulation_steps):
     for step, (inputs, targets) in enumerate(micro_batches):
@@ -84,3 +91,23 @@ def stepped_late(model, optimizer, micro_batches, accumulation_steps):
             optimizer.step()
             optimizer.zero_grad()
         cross_entropy(model(inputs), targets).backward()
+
+
+@mistake(
+    "The first gradient of each window is lost, as when zero_grad() comes after the window's first backward(); clear "
+    "before that, or right after the step."
+)
+def first_lost(model, optimizer, micro_batches, accumulation_steps):
+    for step, (inputs, targets) in enumerate(micro_batches):
+        cross_entropy(model(inputs), targets).backward()
+        if step % accumulation_steps == 0:
+            optimizer.zero_grad()
+        if (step + 1) % accumulation_steps == 0:
+            optimizer.step()
+
+
+@mistake("All micro-batches together make a single step; each window makes one, so the step belongs inside the loop.")
+def one_step_in_all(model, optimizer, micro_batches, accumulation_steps):
+    lesson_02.collect(model, micro_batches)
+    optimizer.step()
+    optimizer.zero_grad()

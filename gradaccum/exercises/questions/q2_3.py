@@ -5,7 +5,7 @@ from torch.nn.functional import cross_entropy
 from gradaccum.exercises import material
 from gradaccum.exercises.question import Property, Question, mistake
 from gradaccum.exercises.questions import lesson_02
-from gradaccum.exercises.questions.lesson_02 import moves
+from gradaccum.exercises.questions.lesson_02 import MANY_SHAPES, MANY_TRIED, ONE_SHAPES, ONE_TRIED, ONE_WINDOW, moves
 
 
 def moved_by_steps(answer, case):
@@ -26,26 +26,21 @@ def one_at_a_time(case):
     return 2 * step_peak(lesson_02.divided, case)
 
 
+SEVERAL = "each of several calls makes the update of its own window alone"
 QUESTION = Question(
     "The delayed step",
     (
-        moves(lesson_02.ONE_WINDOW, 1, moved_by_steps, lesson_02.ONE_TRIED, *lesson_02.ONE_SHAPES, (1, 1, 4)),
-        moves(
-            "each of several calls makes the update of its own window alone",
-            1,
-            moved_by_steps,
-            lesson_02.MANY_TRIED,
-            *lesson_02.MANY_SHAPES,
-        ),
+        moves(ONE_WINDOW, 1, moved_by_steps, ONE_TRIED, *ONE_SHAPES, (1, 1, 4)),
+        moves(SEVERAL, 1, moved_by_steps, MANY_TRIED, *MANY_SHAPES),
         Property(
             "one micro-batch's activations are held at a time",
             1,
             lesson_02.shaped((1, 8, 64)),
             step_peak,
             one_at_a_time,
-            tried=f"{lesson_02.ONE_TRIED} of size {{size}}",
+            tried=f"{ONE_TRIED} of size {{size}}",
             judge=material.at_most_bytes,
-            after=lesson_02.ONE_WINDOW,
+            after=ONE_WINDOW,
             by_value=False,
         ),
     ),
@@ -55,14 +50,13 @@ of_a_window = lesson_02.OF_A_WINDOW
 
 
 @mistake(
-    "Each loss is a sum over its samples, so the update is as many times too large as a micro-batch has samples; take "
-    "the mean of each micro-batch, as cross_entropy does by itself."
+    "The step comes before backward(), so it moves the weights by the gradients of the window before; first backward() "
+    "for each micro-batch, then the step."
 )
-def summed_samples(model, optimizer, micro_batches):
-    for inputs, targets in micro_batches:
-        cross_entropy(model(inputs), targets, reduction="sum").backward()
+def one_window_late(model, optimizer, micro_batches):
     optimizer.step()
     optimizer.zero_grad()
+    lesson_02.collect(model, micro_batches)
 
 
 @mistake(

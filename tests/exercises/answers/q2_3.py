@@ -86,7 +86,88 @@ def keeps_all_graphs(model, optimizer, micro_batches):
     optimizer.zero_grad()
 
 
-RIGHT = [collects_by_hand, sums_backwards_and_clears_first, zeroes_in_place, gives_a_closure]
+def differentiates_a_function(model, optimizer, micro_batches):
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    found = torch.func.grad(lambda at, x, y: cross_entropy(torch.func.functional_call(model, at, (x,)), y))
+    gradients = [found(weights, inputs, targets) for inputs, targets in micro_batches]
+    for name, parameter in model.named_parameters():
+        parameter.grad = sum(each[name] for each in gradients)
+    optimizer.step()
+
+
+def keeps_the_losses_that_were_used(model, optimizer, micro_batches):
+    optimizer.zero_grad()
+    total = 0
+    for inputs, targets in micro_batches:
+        loss = cross_entropy(model(inputs), targets)
+        loss.backward()
+        total = total + loss
+    optimizer.step()
+    return total / len(micro_batches)
+
+
+def keeps_every_gradient(model, optimizer, micro_batches):
+    parameters = list(model.parameters())
+    found = [torch.autograd.grad(cross_entropy(model(x), y), parameters) for x, y in micro_batches]
+    for parameter, *each in zip(parameters, *found, strict=True):
+        parameter.grad = torch.stack(each).sum(0)
+    optimizer.step()
+
+
+def keeps_the_outputs(model, optimizer, micro_batches):
+    kept = []
+    for inputs, targets in micro_batches:
+        kept.append(model(inputs))
+        cross_entropy(kept[-1], targets).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def leaves_eval_on(model, optimizer, micro_batches):
+    model.eval()
+    collects_by_hand(model, optimizer, micro_batches)
+
+
+def one_backward_and_never_clears(model, optimizer, micro_batches):
+    sum(cross_entropy(model(inputs), targets) for inputs, targets in micro_batches).backward()
+    optimizer.step()
+
+
+def total_with_retain_graph(model, optimizer, micro_batches):
+    total = 0
+    for inputs, targets in micro_batches:
+        total += cross_entropy(model(inputs), targets)
+        total.backward(retain_graph=True)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def divides_and_never_clears(model, optimizer, micro_batches):
+    for inputs, targets in micro_batches:
+        (cross_entropy(model(inputs), targets) / len(micro_batches)).backward()
+    optimizer.step()
+
+
+def clears_after_each(model, optimizer, micro_batches):
+    for inputs, targets in micro_batches:
+        cross_entropy(model(inputs), targets).backward()
+        optimizer.zero_grad()
+    optimizer.step()
+
+
+def leaves_the_last_out(model, optimizer, micro_batches):
+    collects_by_hand(model, optimizer, micro_batches[:-1] or micro_batches)
+
+
+RIGHT = [
+    collects_by_hand,
+    sums_backwards_and_clears_first,
+    zeroes_in_place,
+    gives_a_closure,
+    differentiates_a_function,
+    keeps_the_losses_that_were_used,
+    keeps_every_gradient,
+]
 WRONG = [
     steps_on_the_large_batch,
     clears_some,
@@ -94,4 +175,16 @@ WRONG = [
     spoils_its_data,
     empties_the_list,
     lambda *_: None,
+    leaves_eval_on,
+]
+NAMED = [
+    (keeps_all_graphs, "one_backward"),
+    (keeps_the_outputs, "one_backward"),
+    (steps_on_the_large_batch, "divided", "one_backward"),
+    (one_backward_and_never_clears, "not_cleared", "one_backward"),
+    (total_with_retain_graph, "running_total"),
+    (divides_and_never_clears, "not_cleared_and_divided"),
+    (clears_after_each, "cleared_before_step"),
+    (clears_some,),
+    (leaves_the_last_out,),
 ]
