@@ -99,7 +99,7 @@ check("1.1", training_step)
 #
 # - `batches` is a list of pairs `inputs, targets`, all of the same shape `(rows, length)`; `model` is as in exercise 1.1.
 # - Return the mean loss as a Python float.
-# - Training goes on afterwards: leave the weights, `.grad` (which may hold something) and the batches as they are, and all weights able to train.
+# - Training goes on afterwards: leave the weights, `.grad` (which may hold something), the batches and the model's mode as they are, and all weights able to train.
 # - However many batches there are, the peak memory must stay that of one or two.
 #
 # It helps to know: a loss holds its graph, with the activations that the forward pass kept, until it has been through `backward()`, or until nothing refers to the loss any more.

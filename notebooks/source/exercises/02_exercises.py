@@ -27,7 +27,7 @@ from gradaccum.exercises import attempt, check
 # Write `held(events)`.
 # It returns the number that one weight's `.grad` holds when all events are over.
 #
-# - `events` is a list of at least one event, in the order in which they happen to the weight; before the first, its `.grad` is empty.
+# - `events` is a list of at least one event, in the order in which they happen to the weight; before the first, its `.grad` is empty. Leave the list as it is.
 # - A number is one `backward()`: the gradient of that micro-batch's mean loss, positive or negative.
 # - The string `"clear"` is one `optimizer.zero_grad()`. It may come first, last, twice in a row, or not at all.
 # - Where `.grad` is empty in the end, return 0.
