@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import inspect
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from numbers import Real
 from typing import Any
@@ -284,6 +285,17 @@ def plain_sgd(model: nn.Module, momentum: float = 0.0) -> torch.optim.SGD:
 
 
 # lesson 6
+
+
+@contextmanager
+def in_float32() -> Iterator[None]:
+    """Let what is made in the block be float32, as in a notebook; checks make everything else in float64."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def peak_of(peak: dict[str, int], samples: int) -> Callable[[int], int]:

@@ -9,120 +9,135 @@ NAMES = "rows", "length", "width", "vocabulary", "accumulation_steps"
 
 def peak_by_formula(answer, case):
     names = "rows", "length", "width", "vocabulary", "accumulation_steps"
-    return material.plain_number(answer(*(case[name] for name in names)))
+    with material.in_float32():  # an answer may make the model, or measure
+        return material.plain_number(answer(*(case[name] for name in names)))
 
 
 def real_peak(case):
     return lesson_06.measured_peak("SGD", *(case[name] for name in NAMES))
 
 
-def windows_of(*rows_and_steps):
+def windows_of(*sizes_and_steps):
     """Draw shapes whose worst moment is the loss's backward: more tokens than the width, a larger vocabulary still."""
 
     def cases(draw):
-        return [
-            {
-                "rows": rows,
-                "length": draw.randrange(8, 13),
-                "width": draw.randrange(3, 7),
-                "vocabulary": draw.randrange(20, 40),
-                "accumulation_steps": steps,
-            }
-            for rows, steps in rows_and_steps
-        ]
+        found = []
+        for (fewest, most), steps in sizes_and_steps:
+            k, shape = draw.choice(steps), [draw.randrange(8, 13), draw.randrange(3, 7), draw.randrange(20, 40)]
+            found.append(dict(zip(NAMES, [draw.randint(fewest, most) * k, *shape, k], strict=True)))
+        return found
 
     return cases
 
 
-def peak(name, points, *rows_and_steps):
+def peak(name, points, *sizes_and_steps):
     tried = ", ".join(f"{each.replace('_', ' ')} {{{each}}}" for each in NAMES)
-    return Property(name, points, windows_of(*rows_and_steps), peak_by_formula, real_peak, tried)
+    return Property(name, points, windows_of(*sizes_and_steps), peak_by_formula, real_peak, tried)
 
 
 QUESTION = Question(
     "The peak, to the byte",
     (
-        peak("the measured peak of a single micro-batch", 1, (1, 1), (5, 1), (9, 1)),
-        peak("the measured peak of several micro-batches", 2, (12, 2), (15, 3), (4, 4), (21, 7)),
+        peak("the measured peak of a single micro-batch", 1, ((1, 1), [1]), ((2, 5), [1]), ((6, 12), [1])),
+        peak(
+            "the measured peak of several micro-batches",
+            2,
+            *(((4, 8), [2]), ((2, 6), [3]), ((1, 1), [4, 5]), ((2, 5), [6, 7, 8])),
+        ),
     ),
 )
 
 
-def parts(rows, length, width, vocabulary, accumulation_steps):
-    tokens, held = rows * length, 4 * (2 * vocabulary * width + vocabulary)
-    at_once = tokens // accumulation_steps
-    return {
-        "weights": held,
-        "state": held,
-        "gradients": held * (accumulation_steps > 1),
+def total(shape, numbers=None, **times):
+    """Add up the parts of the peak, some of them taken more or fewer times; `numbers` are the model's."""
+    rows, length, width, vocabulary, k = shape
+    tokens, weights = rows * length, 4 * (numbers or 2 * vocabulary * width + vocabulary)
+    parts = {
+        "weights": weights,
+        "state": weights,
+        "gradients": weights * (k > 1),
         "inputs": 16 * tokens,
-        "embedding": 4 * at_once * width,
-        "logits": 12 * at_once * vocabulary,
+        "embedding": 4 * tokens * width / k,
+        "logits": 12 * tokens * vocabulary / k,
         "loss": 8,
     }
+    return round(sum(times.get(name, 1) * held for name, held in parts.items()))
 
 
-def total(shape, **changed):
-    return sum((parts(*shape) | changed).values())
+no_copy = mistake(
+    "With several micro-batches one number for each weight is missing, most likely the collected gradient: one copy "
+    "stays while the next micro-batch runs."
+)(lambda *shape: total(shape, gradients=0))
 
+copy_at_one_too = mistake(
+    "A copy of the gradients is counted for a single micro-batch too; there nothing has been collected before."
+)(lambda *shape: total(shape, state=2 if shape[-1] == 1 else 1))
 
-@mistake("The collected gradients are missing: with more than one micro-batch, one copy stays while the next one runs.")
-def no_copy(*shape):
-    return total(shape, gradients=0)
+one_copy_more = mistake(
+    "One number for each weight is counted too many: either the gradients of the micro-batch that runs, which are not "
+    "there yet at its worst moment, or a second number of the optimizer's, and momentum keeps one."
+)(lambda *shape: total(shape, state=2))
 
+copies = mistake(
+    "The more micro-batches, the more copies of the gradients are counted; all micro-batches are added up in one."
+)
+copy_for_each = copies(lambda *shape: total(shape, gradients=shape[-1]))
+copy_for_each_further = copies(lambda *shape: total(shape, gradients=shape[-1] - 1))
 
-@mistake("A copy of the gradients is counted for a single micro-batch too; there nothing has been collected before.")
-def copy_at_one_too(*shape):
-    return total(shape, gradients=parts(*shape)["weights"])
+large = mistake(
+    "Activations of all tokens of the update are counted; what runs at a time is one micro-batch, and the embedding's "
+    "output and the logits are those of its tokens."
+)
+large_batch = large(lambda *shape: total(shape, embedding=shape[-1], logits=shape[-1]))
+large_batch_logits = large(lambda *shape: total(shape, logits=shape[-1]))
+large_batch_embedding = large(lambda *shape: total(shape, embedding=shape[-1]))
 
+rows_of_each = mistake("The rows are taken for those of one micro-batch; they are the whole window's.")(
+    lambda rows, *others: total((rows * others[-1], *others))
+)
 
-@mistake("Each micro-batch has a copy of the gradients of its own; they are all added up in one.")
-def copy_for_each(*shape):
-    return total(shape, gradients=shape[4] * parts(*shape)["gradients"])
+rows_for_tokens = mistake("The rows are taken for the tokens; each row has as many tokens as it is long.")(
+    lambda rows, length, *others: total((rows, 1, *others))
+)
 
+inputs_of_one = mistake("The inputs are those of one micro-batch; the whole window's are there all the time.")(
+    lambda *shape: total(shape, inputs=1 / shape[-1])
+)
 
-@mistake("The activations are those of all tokens of the update; what runs at a time is one micro-batch.")
-def large_batch(*shape):
-    whole = parts(*shape[:4], 1)
-    return total(shape, embedding=whole["embedding"], logits=whole["logits"])
+targets_forgotten = mistake(
+    "The inputs have half of their bytes; inputs and targets are both there, and a token id has 8 bytes."
+)(lambda *shape: total(shape, inputs=1 / 2))
 
-
-@mistake("The inputs are those of one micro-batch; the whole window's are there all the time.")
-def inputs_of_one(*shape):
-    return total(shape, inputs=parts(*shape)["inputs"] // shape[4])
-
-
-@mistake("The inputs have half of their bytes; inputs and targets are both there, and a token id has 8 bytes.")
-def targets_forgotten(*shape):
-    return total(shape, inputs=parts(*shape)["inputs"] // 2)
-
-
-TOO_FEW = mistake(
+few = mistake(
     "Too few tensors of tokens times vocabulary; the loss's backward holds three of them at its worst moment."
 )
-logits_once = TOO_FEW(lambda *shape: total(shape, logits=parts(*shape)["logits"] // 3))
-logits_twice = TOO_FEW(lambda *shape: total(shape, logits=parts(*shape)["logits"] // 3 * 2))
+logits_once = few(lambda *shape: total(shape, logits=1 / 3))
+logits_twice = few(lambda *shape: total(shape, logits=2 / 3))
 
+logits_four_times = mistake(
+    "Too many tensors of tokens times vocabulary; the loss's backward holds three of them at its worst moment."
+)(lambda *shape: total(shape, logits=4 / 3))
 
-@mistake("The optimizer's state is missing: momentum keeps one number for each weight.")
-def no_state(*shape):
-    return total(shape, state=0)
-
-
-@mistake(
-    "The linear layer's bias is missing, one number for each token of the vocabulary, wherever weights are counted."
+no_embedding = mistake("The embedding's output is missing: a micro-batch's tokens times the width.")(
+    lambda *shape: total(shape, embedding=0)
 )
-def no_bias(*shape):
-    held = parts(*shape)["weights"] - 4 * shape[3]
-    return total(shape, weights=held, state=held, gradients=held * (shape[4] > 1))
 
+no_state = mistake("The optimizer's state is missing: momentum keeps one number for each weight.")(
+    lambda *shape: total(shape, state=0)
+)
 
-@mistake("The last 8 bytes are missing: the loss, and one number that it keeps.")
-def no_loss(*shape):
-    return total(shape, loss=0)
+no_bias = mistake(
+    "The linear layer's bias is missing, one number for each token of the vocabulary, wherever weights are counted."
+)(lambda *shape: total(shape, 2 * shape[2] * shape[3]))
 
+one_table = mistake(
+    "The model has vocabulary times width weights twice, in the embedding and in the linear layer; once is counted."
+)(lambda *shape: total(shape, (shape[2] + 1) * shape[3]))
 
-@mistake("The rows are taken for the tokens; each row has as many tokens as it is long.")
-def rows_for_tokens(*shape):
-    rows, _, *others = shape
-    return total((rows, 1, *others))
+no_end = mistake("The last bytes are missing: 4 of the loss, and 4 of one number that it keeps.")
+no_loss = no_end(lambda *shape: total(shape, loss=0))
+loss_alone = no_end(lambda *shape: total(shape, loss=1 / 2))
+
+numbers = mistake("Numbers are counted, and bytes are asked for: 4 for each of float32, and 8 for each token id.")(
+    lambda *shape: total(shape, inputs=1 / 2) // 4
+)
