@@ -4,17 +4,14 @@ from gradaccum.exercises import material
 from gradaccum.exercises.question import Property, Question, mistake
 from gradaccum.exercises.questions import lesson_06
 
-NAMES = "rows", "length", "width", "vocabulary", "accumulation_steps"
-
 
 def peak_by_formula(answer, case):
-    names = "rows", "length", "width", "vocabulary", "accumulation_steps"
     with material.in_float32():  # an answer may make the model, or measure
-        return material.plain_number(answer(*(case[name] for name in names)))
+        return material.plain_number(answer(*case.values()))
 
 
 def real_peak(case):
-    return lesson_06.measured_peak("SGD", *(case[name] for name in NAMES))
+    return lesson_06.measured_peak("SGD", *case.values())
 
 
 def windows_of(*sizes_and_steps):
@@ -22,28 +19,25 @@ def windows_of(*sizes_and_steps):
 
     def cases(draw):
         found = []
-        for (fewest, most), steps in sizes_and_steps:
-            k, shape = draw.choice(steps), [draw.randrange(8, 13), draw.randrange(3, 7), draw.randrange(20, 40)]
-            found.append(dict(zip(NAMES, [draw.randint(fewest, most) * k, *shape, k], strict=True)))
+        for fewest, most, *steps in sizes_and_steps:
+            k, length, width, vocabulary = draw.choice(steps), *map(draw.randint, (8, 3, 20), (12, 6, 39))
+            shape = {"rows": draw.randint(fewest, most) * k, "length": length, "width": width, "vocabulary": vocabulary}
+            found.append({**shape, "accumulation_steps": k})  # in the order in which an answer takes them
         return found
 
     return cases
 
 
 def peak(name, points, *sizes_and_steps):
-    tried = ", ".join(f"{each.replace('_', ' ')} {{{each}}}" for each in NAMES)
+    tried = "{rows} rows of {length} tokens, width {width}, vocabulary {vocabulary}, {accumulation_steps} micro-batches"
     return Property(name, points, windows_of(*sizes_and_steps), peak_by_formula, real_peak, tried)
 
 
 QUESTION = Question(
     "The peak, to the byte",
     (
-        peak("the measured peak of a single micro-batch", 1, ((1, 1), [1]), ((2, 5), [1]), ((6, 12), [1])),
-        peak(
-            "the measured peak of several micro-batches",
-            2,
-            *(((4, 8), [2]), ((2, 6), [3]), ((1, 1), [4, 5]), ((2, 5), [6, 7, 8])),
-        ),
+        peak("the measured peak of a single micro-batch", 1, (1, 1, 1), (2, 5, 1), (6, 12, 1)),
+        peak("the measured peak of several micro-batches", 2, (4, 8, 2), (2, 6, 3), (1, 1, 4, 5), (2, 5, 6, 7, 8)),
     ),
 )
 
@@ -68,22 +62,18 @@ no_copy = mistake(
     "With several micro-batches one number for each weight is missing, most likely the collected gradient: one copy "
     "stays while the next micro-batch runs."
 )(lambda *shape: total(shape, gradients=0))
-
 copy_at_one_too = mistake(
     "A copy of the gradients is counted for a single micro-batch too; there nothing has been collected before."
 )(lambda *shape: total(shape, state=2 if shape[-1] == 1 else 1))
-
 one_copy_more = mistake(
     "One number for each weight is counted too many: either the gradients of the micro-batch that runs, which are not "
     "there yet at its worst moment, or a second number of the optimizer's, and momentum keeps one."
 )(lambda *shape: total(shape, state=2))
-
 copies = mistake(
     "The more micro-batches, the more copies of the gradients are counted; all micro-batches are added up in one."
 )
 copy_for_each = copies(lambda *shape: total(shape, gradients=shape[-1]))
 copy_for_each_further = copies(lambda *shape: total(shape, gradients=shape[-1] - 1))
-
 large = mistake(
     "Activations of all tokens of the update are counted; what runs at a time is one micro-batch, and the embedding's "
     "output and the logits are those of its tokens."
@@ -91,53 +81,40 @@ large = mistake(
 large_batch = large(lambda *shape: total(shape, embedding=shape[-1], logits=shape[-1]))
 large_batch_logits = large(lambda *shape: total(shape, logits=shape[-1]))
 large_batch_embedding = large(lambda *shape: total(shape, embedding=shape[-1]))
-
 rows_of_each = mistake("The rows are taken for those of one micro-batch; they are the whole window's.")(
     lambda rows, *others: total((rows * others[-1], *others))
 )
-
 rows_for_tokens = mistake("The rows are taken for the tokens; each row has as many tokens as it is long.")(
     lambda rows, length, *others: total((rows, 1, *others))
 )
-
 inputs_of_one = mistake("The inputs are those of one micro-batch; the whole window's are there all the time.")(
     lambda *shape: total(shape, inputs=1 / shape[-1])
 )
-
 targets_forgotten = mistake(
     "The inputs have half of their bytes; inputs and targets are both there, and a token id has 8 bytes."
 )(lambda *shape: total(shape, inputs=1 / 2))
 
-few = mistake(
-    "Too few tensors of tokens times vocabulary; the loss's backward holds three of them at its worst moment."
+three = mistake(
+    "Tensors of tokens times vocabulary are too few or too many; the loss's backward holds three at its worst moment."
 )
-logits_once = few(lambda *shape: total(shape, logits=1 / 3))
-logits_twice = few(lambda *shape: total(shape, logits=2 / 3))
-
-logits_four_times = mistake(
-    "Too many tensors of tokens times vocabulary; the loss's backward holds three of them at its worst moment."
-)(lambda *shape: total(shape, logits=4 / 3))
-
+logits_once = three(lambda *shape: total(shape, logits=1 / 3))
+logits_twice = three(lambda *shape: total(shape, logits=2 / 3))
+logits_four_times = three(lambda *shape: total(shape, logits=4 / 3))
+end = mistake("The last bytes are missing: 4 of the loss, and 4 of one number that it keeps.")
+no_loss = end(lambda *shape: total(shape, loss=0))
+loss_alone = end(lambda *shape: total(shape, loss=1 / 2))
 no_embedding = mistake("The embedding's output is missing: a micro-batch's tokens times the width.")(
     lambda *shape: total(shape, embedding=0)
 )
-
 no_state = mistake("The optimizer's state is missing: momentum keeps one number for each weight.")(
     lambda *shape: total(shape, state=0)
 )
-
-no_bias = mistake(
-    "The linear layer's bias is missing, one number for each token of the vocabulary, wherever weights are counted."
-)(lambda *shape: total(shape, 2 * shape[2] * shape[3]))
-
-one_table = mistake(
-    "The model has vocabulary times width weights twice, in the embedding and in the linear layer; once is counted."
-)(lambda *shape: total(shape, (shape[2] + 1) * shape[3]))
-
-no_end = mistake("The last bytes are missing: 4 of the loss, and 4 of one number that it keeps.")
-no_loss = no_end(lambda *shape: total(shape, loss=0))
-loss_alone = no_end(lambda *shape: total(shape, loss=1 / 2))
-
+no_bias = mistake("The linear layer's bias is missing, one number for each token of the vocabulary, in every copy.")(
+    lambda *shape: total(shape, 2 * shape[2] * shape[3])
+)
+one_table = mistake("Vocabulary times width is counted once; the embedding and the linear layer have as many each.")(
+    lambda *shape: total(shape, (shape[2] + 1) * shape[3])
+)
 numbers = mistake("Numbers are counted, and bytes are asked for: 4 for each of float32, and 8 for each token id.")(
     lambda *shape: total(shape, inputs=1 / 2) // 4
 )

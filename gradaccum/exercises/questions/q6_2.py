@@ -6,27 +6,25 @@ from gradaccum.exercises import material
 from gradaccum.exercises.question import Property, Question, mistake
 
 
-def peak_of_case(case):
-    return material.peak_of(case["peak"], case["effective_batch"])
+def situation(fewest, most, times=1, left=False, of=0, flat=0, step=1):
+    """Return what draws a case: the micro-batch that just fits (0: none), by its bounds, and how the peak grows.
 
+    The effective batch is `of`, or `times` that micro-batch, with some samples `left` or not. The peak is `flat` up
+    to a size, and rises every `step` samples.
+    """
 
-def planning(*rows):
-    """Make cases of an effective batch, the micro-batch that just fits, and how the peak grows."""
+    def case(draw, exactly):
+        fitting = step * draw.randint(fewest // step, most // step)
+        samples = of or fitting * times + (draw.randrange(1, fitting) if left else 0)
+        base, each = draw.randrange(100, 1000), draw.randrange(10, 99)
+        peak = {"base": base, "for each sample": each}
+        peak |= {"in steps of": step} if step > 1 else {}
+        peak |= {"flat up to": flat} if flat else {}
+        room = 0 if exactly else each // 2
+        budget = material.peak_of(peak, samples)(fitting) + room if fitting else base + draw.randrange(each)
+        return {"effective_batch": samples, "peak": peak, "budget": budget}
 
-    def cases(draw):
-        found = []
-        for samples, fitting, least, step in rows:
-            base, each = draw.randrange(100, 1000), draw.randrange(10, 99)
-            peak = {"base": base, "for each sample": each}
-            peak |= {"in steps of": step} if step > 1 else {}
-            peak |= {"flat up to": least} if least else {}
-            case = {"effective_batch": samples, "peak": peak}
-            room = len(found) % 2 * (each // 2)  # every other budget is met exactly
-            budget = peak_of_case(case)(fitting) + room if fitting else base + draw.randrange(each)
-            found.append({**case, "budget": budget})
-        return found
-
-    return cases
+    return case
 
 
 def planned(answer, case):
@@ -40,7 +38,7 @@ def planned(answer, case):
 
 
 def one_by_one(case):
-    samples, peak_of = case["effective_batch"], peak_of_case(case)
+    samples, peak_of = case["effective_batch"], material.peak_of(case["peak"], case["effective_batch"])
     fitting = [size for size in range(1, samples + 1) if peak_of(size) <= case["budget"]]
     sizes = []
     while fitting and sum(sizes) < samples:
@@ -55,45 +53,48 @@ def calls(answer, case):
         asked.append(micro_batch)
         return peak_of(micro_batch)
 
-    answer(counted, case["effective_batch"], case["budget"])
+    sizes = answer(counted, case["effective_batch"], case["budget"])
+    list(sizes if hasattr(sizes, "__iter__") else [])  # a generator has not asked before
     return len(asked)
 
 
-SITUATION = "effective batch {effective_batch}, budget {budget}, and a peak with {peak}"
-
-
-def plans(name, points, *rows, after=""):
-    return Property(name, points, planning(*rows), planned, one_by_one, SITUATION, after=after)
-
-
+TRIED = "effective batch {effective_batch}, budget {budget}, and a peak with {peak}"
 EQUAL = "where it divides the effective batch, the largest micro-batch alone"
+WHOLE = (
+    *(situation(7, 15, times=5), situation(20, 40), situation(16, 28, times=3, flat=8, step=4)),
+    *(situation(1, 1, times=21), situation(1, 1), situation(9, 13, times=3, flat=4)),
+)
+SHORTER = (
+    *(situation(130, 190, of=256), situation(9, 15, times=5, left=True, flat=5), situation(99, 99, of=100)),
+    *(situation(80, 120, times=2, left=True, flat=20, step=8), situation(15, 15, of=50, flat=15, step=5)),
+    # So many that a search of a few rounds ends too early.
+    *(situation(5_001, 9_999, of=10_000), situation(16_000, 29_000, of=30_001, step=3)),
+    *(situation(9_000, 14_000, times=2, left=True), situation(3_000, 5_000, times=5, left=True)),
+)
+NONE = situation(0, 0, of=50), situation(0, 0, of=1), situation(0, 0, of=24, flat=3, step=4)
+MANY = (
+    *(situation(5_001, 9_999, of=10_000), situation(2_000, 4_000, of=10_000, flat=1_000)),
+    *(situation(10_000, 10_000, of=10_000, step=64), situation(2, 9, of=10_000)),
+)
+
+
+def plans(name, points, situations, probe=planned, expected=one_by_one, **more):
+    def cases(draw):
+        return [each(draw, exactly=index % 2 == 0) for index, each in enumerate(situations)]
+
+    return Property(name, points, cases, probe, expected, TRIED, **more)
+
+
 QUESTION = Question(
     "The largest micro-batch in a budget",
     (
-        plans(EQUAL, 1, (60, 12, 0, 1), (35, 35, 0, 1), (48, 16, 8, 4), (21, 1, 0, 1), (1, 1, 0, 1), (33, 11, 4, 1)),
+        plans(EQUAL, 1, WHOLE),
+        plans("where it does not, a shorter one at the end keeps the effective batch exact", 2, SHORTER),
+        plans("an empty list where not even one sample fits", 1, NONE, after=EQUAL),
         plans(
-            "where it does not, a shorter one at the end keeps the effective batch exact",
-            2,
-            *(
-                (256, 186, 0, 1),
-                (61, 12, 5, 1),
-                (256, 96, 20, 8),
-                (100, 99, 0, 1),
-                (50, 15, 15, 5),
-                (10**4, 7001, 0, 1),
-            ),
-        ),
-        plans(
-            "an empty list where not even one sample fits", 1, (50, 0, 0, 1), (1, 0, 0, 1), (24, 0, 3, 4), after=EQUAL
-        ),
-        Property(
             "at most 40 calls of peak_of for 10,000 samples",
-            1,
-            planning((10_000, 7_001, 0, 1), (10_000, 3_000, 1_000, 1), (10_000, 10_000, 0, 64), (10_000, 2, 0, 1)),
-            calls,
-            lambda case: 40,
-            SITUATION,
-            material.at_most("calls"),
+            *(1, MANY, calls, lambda case: 40),
+            judge=material.at_most("calls"),
             after=EQUAL,
             by_value=False,
         ),
@@ -114,55 +115,68 @@ def right_plan(peak_of, effective_batch, budget):
     return cut(effective_batch, largest(peak_of, effective_batch, budget))
 
 
-@mistake("The plan is right, but every micro-batch is tried in turn; halve the range that is left instead.")
-def sample_by_sample(peak_of, effective_batch, budget):
-    return cut(effective_batch, sum(peak_of(size) <= budget for size in range(1, effective_batch + 1)))
+def changed(sentence, change):
+    """Make the mistake that changes the right plan, by the largest size and the effective batch."""
+
+    def answer(peak_of, effective_batch, budget):
+        size = largest(peak_of, effective_batch, budget)
+        return change(cut(effective_batch, size), size, effective_batch) if size else []
+
+    return mistake(sentence)(answer)
 
 
-@mistake("The samples that are left over are dropped, so the effective batch shrinks; they make a shorter last one.")
-def rounded_down(peak_of, effective_batch, budget):
-    size = largest(peak_of, effective_batch, budget)
-    return [size] * (effective_batch // size) if size else []
+sample_by_sample = mistake(
+    "More than 40 calls of peak_of: keep a size that fits and one that is too large, and try the middle between them, "
+    "each size once; a call halves what is left."
+)(lambda peak_of, samples, budget: cut(samples, sum(peak_of(size) <= budget for size in range(1, samples + 1))))
+rounded_down = changed(
+    "The samples that are left over are dropped, so the effective batch shrinks; they make a shorter last one.",
+    lambda plan, size, samples: [size] * (samples // size),
+)
+last_too_large = changed(
+    "The last micro-batch is a whole one, so the effective batch grows; it holds only the samples that are left.",
+    lambda plan, size, samples: [size] * len(plan),
+)
+rest_on_top = changed(
+    "The samples that are left are put on top of the last micro-batch, which then is over the budget.",
+    lambda plan, size, samples: [*plan[:-2], sum(plan[-2:])] if plan[-1] < size else plan,
+)
+shorter_first = changed(
+    "The smaller micro-batch comes first; it belongs at the end.",
+    lambda plan, size, samples: plan[::-1],
+)
+zero_at_the_end = changed(
+    "Where the size goes into the effective batch, the plan has a micro-batch of 0 samples at its end; leave it out.",
+    lambda plan, size, samples: [size] * (samples // size) + [samples % size],
+)
+evenly = changed(
+    "The samples are spread evenly; asked for are micro-batches of the largest size, and one shorter at the end.",
+    lambda plan, size, samples: [samples // len(plan) + (n < samples % len(plan)) for n in range(len(plan))],
+)
+evenly_but_the_last = changed(evenly.sentence, lambda plan, size, samples: cut(samples, -(-samples // len(plan))))
 
-
-@mistake("The last micro-batch is a whole one, so the effective batch grows; it holds only the samples that are left.")
-def last_too_large(peak_of, effective_batch, budget):
-    size = largest(peak_of, effective_batch, budget)
-    return [size] * -(-effective_batch // size) if size else []
-
-
-@mistake("The samples that are left are put on top of the last micro-batch, which then is over the budget.")
-def rest_on_top(peak_of, effective_batch, budget):
-    sizes = right_plan(peak_of, effective_batch, budget)
-    return [*sizes[:-2], sizes[-2] + sizes[-1]] if len(sizes) > 1 and sizes[-1] < sizes[0] else sizes
-
-
-@mistake("Only divisors of the effective batch are tried; a larger micro-batch fits, with a shorter one at the end.")
-def divisors_only(peak_of, effective_batch, budget):
-    size = largest(peak_of, effective_batch, budget)
-    return cut(effective_batch, max((n for n in range(1, size + 1) if effective_batch % n == 0), default=0))
-
-
-@mistake("Only powers of two are tried; the largest micro-batch may be any whole number.")
-def powers_of_two(peak_of, effective_batch, budget):
-    size = largest(peak_of, effective_batch, budget)
-    return cut(effective_batch, 1 << size.bit_length() - 1 if size else 0)
-
-
-@mistake("A peak that is the budget exactly is refused; it fits.")
-def below_budget(peak_of, effective_batch, budget):
-    return right_plan(peak_of, effective_batch, budget - 1)
-
-
-@mistake("The micro-batch is the first that does not fit; one sample less is the last that does.")
-def one_too_many(peak_of, effective_batch, budget):
-    size = largest(peak_of, effective_batch, budget)
-    return cut(effective_batch, min(size + 1, effective_batch) if size else 0)
-
-
-@mistake("The whole effective batch as one micro-batch is never tried.")
-def never_whole(peak_of, effective_batch, budget):
-    return cut(effective_batch, largest(peak_of, effective_batch - 1, budget))
+divisors_only = changed(
+    "Only divisors of the effective batch are tried; a larger micro-batch fits, with a shorter one at the end.",
+    lambda plan, size, samples: cut(samples, max(n for n in range(1, size + 1) if samples % n == 0)),
+)
+powers_of_two = changed(
+    "Only powers of two are tried; the largest micro-batch may be any whole number.",
+    lambda plan, size, samples: cut(samples, 1 << size.bit_length() - 1),
+)
+halves_only = changed(
+    "Only the effective batch, its half, the half of that and so on are tried; a larger size in between may fit.",
+    lambda plan, size, samples: cut(samples, next(samples >> n for n in range(99) if samples >> n <= size)),
+)
+one_too_many = changed(
+    "The micro-batch is the first that does not fit; one sample less is the last that does.",
+    lambda plan, size, samples: cut(samples, min(size + 1, samples)),
+)
+below_budget = mistake("A peak that is the budget exactly is refused; it fits.")(
+    lambda peak_of, samples, budget: right_plan(peak_of, samples, budget - 1)
+)
+whole = mistake("The whole effective batch as one micro-batch is never tried.")
+never_whole = whole(lambda peak_of, samples, budget: cut(samples, largest(peak_of, samples - 1, budget)))
+whole_if_single = whole(lambda peak_of, samples, budget: cut(samples, largest(peak_of, max(1, samples - 1), budget)))
 
 
 @mistake("The peak is taken for a straight line through two of its points; it may have flat parts and steps.")
@@ -172,12 +186,17 @@ def straight_line(peak_of, effective_batch, budget):
     return cut(effective_batch, min(max(fits, 0), effective_batch))
 
 
-@mistake("The samples are spread evenly; asked for are micro-batches of the largest size, and one shorter at the end.")
-def evenly(peak_of, effective_batch, budget):
-    steps = len(right_plan(peak_of, effective_batch, budget))
-    return [effective_batch // steps + (step < effective_batch % steps) for step in range(steps)]
-
-
-@mistake("Micro-batches of one sample are planned where not even one sample fits; there the plan is an empty list.")
-def single_anyway(peak_of, effective_batch, budget):
-    return cut(effective_batch, max(1, largest(peak_of, effective_batch, budget)))
+single_anyway = mistake(
+    "Micro-batches of one sample are planned where not even one sample fits; there the plan is an empty list."
+)(lambda peak_of, samples, budget: cut(samples, largest(peak_of, samples, budget) or 1))
+divides_by_zero = mistake(
+    "Where not even one sample fits, the answer divides by a size of 0; return an empty list before that."
+)(
+    lambda peak_of, samples, budget: (
+        samples // largest(peak_of, samples, budget) and right_plan(peak_of, samples, budget)
+    )
+)
+none_where_nothing_fits = mistake(
+    "Where not even one sample fits, nothing or None is returned; the plan there is an empty list."
+)(lambda *situation: right_plan(*situation) or None)
+returns_nothing = mistake("Nothing is returned; return the list of the sizes.")(lambda *situation: None)
