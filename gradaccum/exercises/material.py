@@ -100,9 +100,9 @@ def text_of(function: Callable[..., object]) -> str:
 
 def function_of(text: str) -> Callable[..., Any]:
     """Return the last function that a text defines; torch, nn and cross_entropy are there, and what is here."""
-    names = dict(globals())
-    exec(compile(text, "<a step>", "exec"), names)
-    made: Callable[..., Any] = [value for name, value in names.items() if name not in globals()][-1]
+    names: dict[str, Any] = {}
+    exec(compile(text, "<a step>", "exec"), dict(globals()), names)
+    made: Callable[..., Any] = list(names.values())[-1]
     return made
 
 
@@ -210,7 +210,7 @@ def used(number: int, train: Callable[..., object]) -> list[list[int]]:
         updates.append([column + 1 for column in range(number) if held[:, column].any()])
 
     optimizer.register_step_post_hook(note)  # not before the step: a closure makes the gradients in it
-    inputs, targets = torch.eye(number, dtype=torch.float64).split(1), torch.arange(number).remainder(3).split(1)
+    inputs, targets = torch.eye(number, dtype=torch.float64)[:, None], torch.arange(number).remainder(3)[:, None]
     train(model, optimizer, list(zip(inputs, targets, strict=True)))
     return updates
 
