@@ -87,6 +87,7 @@ def watch(
             called.add(codes[frame.f_code])
 
     before = sys.getprofile()
+    before = before if callable(before) else None  # cProfile's, under %prun, cannot be set again
     try:
         with at_most(seconds):
             for case in cases:
@@ -227,6 +228,9 @@ def _describe(name: str, value: object, found: dict[str, Any]) -> None:
         found[f"{name}{VALUES}"] = value.tolist()  # makes no tensor, which a memory meter would see
     elif isinstance(value, list | tuple):
         found[f"len of {name}"] = len(value)
+        if set(map(type, value)) <= {int, float, str}:  # thousands, perhaps
+            found[f"{name}{VALUES}"] = repr(value)
+            return
         for index, item in enumerate(value):
             _describe(f"{name}[{index}]", item, found)
     elif isinstance(value, int | float | str):
