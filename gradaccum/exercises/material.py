@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import textwrap
+import tracemalloc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -318,3 +319,21 @@ def deep_token_model(case: dict[str, Plain]) -> tuple[nn.Module, torch.optim.Opt
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     shape = {"length": 5, "vocabulary": case["vocabulary"], "seed": case["seed"]}
     return model, optimizer, list(random_tokens(case["k"], case["rows"], **shape))
+
+
+def kept_outside_torch(run: Callable[[], object], model: nn.Module) -> int:
+    """Return how many bytes more Python and NumPy hold at a later call of the model than at its first, at most.
+
+    A memory meter follows tensors; what `run` keeps between two calls may be in lists and arrays too.
+    """
+    held: list[int] = []
+    hook = model.register_forward_pre_hook(lambda *_: held.append(tracemalloc.get_traced_memory()[0]))
+    tracing = tracemalloc.is_tracing()
+    tracemalloc.start()
+    try:
+        run()
+    finally:
+        hook.remove()
+        if not tracing:
+            tracemalloc.stop()
+    return max(held) - held[0] if held else 0
