@@ -236,7 +236,7 @@ check("6.3", accumulation_cost)
 #
 # - `window` is a list of pairs of inputs and targets, int64 of shape `(n, length)`, all of the same shape; `model` takes inputs to logits of shape `(n, length, vocabulary)`. The gradients are empty before the first update.
 # - The update and the two numbers (floats) stay as they are: the loss and the guesses are those of the weights *before* the step.
-# - Beyond weights, optimizer and window, hold at most twice what a plain loop holds, with a model of many layers as well as with a large vocabulary. A number for each token or each micro-batch may be kept.
+# - Beyond weights, optimizer and window, hold at most twice what a plain loop holds, with a model of many layers as well as with a large vocabulary. NumPy arrays and lists count too. A number for each token or each micro-batch may be kept.
 #
 # **Example.** A window with a loss of 2 and then 4, and 3 then 5 right guesses among 10 and 10 targets: it returns 3.0 and 0.4.
 
