@@ -42,6 +42,11 @@ def equal_weights(counts):
     return [1 / len(counts) for _ in counts]
 
 
+@mistake(equal_weights.sentence)
+def equal_weights_but_zero(counts):
+    return [bool(count) / sum(map(bool, counts)) for count in counts]
+
+
 @mistake("The weights are k times too large: they add up to k, and those of a mean add up to 1.")
 def times_k(counts):
     return [len(counts) * count / sum(counts) for count in counts]
@@ -75,3 +80,28 @@ def zeros_left_out(counts):
 @mistake("A count of 0 is taken for 1; a micro-batch without a target has no part in the mean.")
 def zero_as_one(counts):
     return [max(count, 1) / sum(max(each, 1) for each in counts) for count in counts]
+
+
+@mistake("Each mean is divided by its own count, which it has been already; multiply it by its share of all targets.")
+def own_counts(counts):
+    return [1 / count for count in counts]
+
+
+@mistake(own_counts.sentence)
+def own_counts_but_zero(counts):
+    return [1 / count if count else 0 for count in counts]
+
+
+@mistake("The shares are divided by k as well; they add up to 1 without that, as the weights of a mean do.")
+def divided_by_k_too(counts):
+    return [count / sum(counts) / len(counts) for count in counts]
+
+
+@mistake("The counts are divided by k; divide by their sum, so that the weights add up to 1.")
+def divided_by_k(counts):
+    return [count / len(counts) for count in counts]
+
+
+@mistake("Each count is divided by the count so far; add all of them up first, and divide by that.")
+def count_so_far(counts):
+    return [count / max(sum(counts[: index + 1]), 1) for index, count in enumerate(counts)]
