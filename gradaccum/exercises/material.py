@@ -266,7 +266,9 @@ def filled_with(losses: Callable[..., Iterable[Tensor]]) -> Callable[..., float]
 
 
 def returned_mean(value: object) -> object:
-    """Make a mean that was returned a float, a word where it is nan: equal to another one, it can be recognized."""
+    """Make a mean that was returned a float, and a word of nan: equal to another one, it can be recognized."""
+    if getattr(value, "requires_grad", False):
+        return "a tensor with its graph"
     found = plain_number(value)
     return "not a number" if found != found else found
 

@@ -2,6 +2,7 @@
 
 import torch
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 from gradaccum import data
 
@@ -45,7 +46,7 @@ def divides_at_the_end(model, micro_batches):
         losses[-1].backward()
     for parameter in model.parameters():
         parameter.grad.div_(count_of(micro_batches))
-    return sum(losses) / count_of(micro_batches)
+    return sum(losses).item() / count_of(micro_batches)
 
 
 def row_by_row(model, micro_batches):
@@ -59,12 +60,135 @@ def row_by_row(model, micro_batches):
     return total / count
 
 
+def by_functions(model, micro_batches):
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    count, mean = count_of(micro_batches), 0.0
+
+    def loss_of(parameters, inputs, targets):
+        logits = torch.func.functional_call(model, parameters, (inputs,))
+        return cross_entropy(logits.permute(0, 2, 1), targets, reduction="none").sum() / count
+
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for inputs, targets in micro_batches:
+        found, loss = torch.func.grad_and_value(loss_of)(parameters, inputs, targets)
+        torch._foreach_add_([parameter.grad for parameter in model.parameters()], list(found.values()))
+        mean += loss.numpy()
+    return mean
+
+
+def scales_by_hooks(model, micro_batches):
+    count = count_of(micro_batches)
+    hooks = [parameter.register_hook(lambda gradient: gradient / count) for parameter in model.parameters()]
+    total = 0.0
+    for micro_batch in iter(micro_batches):
+        loss = loss_sum(model, micro_batch)
+        loss.backward(retain_graph=True)  # its own graph alone, which the next one replaces
+        total += loss.item()
+    for hook in hooks:
+        hook.remove()
+    return total / count
+
+
+def checkpoints_each(model, micro_batches):
+    """One backward at the end, but each micro-batch is computed anew in it."""
+    losses = [checkpoint(loss_sum, model, each, use_reentrant=False) for each in micro_batches]
+    mean = sum(losses) / count_of(micro_batches)
+    mean.backward()
+    return mean.item()
+
+
 def means_of_those_with_targets(model, micro_batches):
     some = [each for each in micro_batches if data.count_targets(each)]
     losses = [loss_sum(model, each) / data.count_targets(each) / len(some) for each in some]
     for loss in losses:
         loss.backward()
     return sum(losses)
+
+
+def above_zero(model, micro_batches):
+    count, total = sum((targets > 0).sum() for _, targets in micro_batches), 0.0
+    for micro_batch in micro_batches:
+        loss = loss_sum(model, micro_batch) / count
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def retains_the_running_sum(model, micro_batches):
+    total = 0.0
+    for micro_batch in micro_batches:
+        total = total + loss_sum(model, micro_batch) / count_of(micro_batches)
+        total.backward(retain_graph=True)
+    return total.item()
+
+
+def backward_twice(model, micro_batches):
+    for micro_batch in micro_batches:
+        loss = loss_sum(model, micro_batch) / count_of(micro_batches)
+        loss.backward()
+        loss.backward()
+    return loss.item()
+
+
+def keeps_the_logits(model, micro_batches):
+    kept, total = [], 0.0
+    for inputs, targets in micro_batches:
+        logits = model(inputs)
+        kept.append(logits.detach())
+        loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / count_of(micro_batches)
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def returns_its_graph(model, micro_batches):
+    mean = 0.0
+    for micro_batch in micro_batches:
+        loss = loss_sum(model, micro_batch) / count_of(micro_batches)
+        loss.backward()
+        mean += loss
+    return mean
+
+
+def means_in_one_backward(model, micro_batches):
+    losses = [loss_sum(model, each) / data.count_targets(each) for each in micro_batches]
+    mean = sum(losses) / len(losses)
+    mean.backward()
+    return mean.item()
+
+
+def divides_what_it_returns(model, micro_batches):
+    losses = [loss_sum(model, each) for each in micro_batches]
+    for loss in losses:
+        loss.backward()
+    return sum(losses).item() / count_of(micro_batches)
+
+
+def backward_for_the_last(model, micro_batches):
+    total = 0.0
+    for micro_batch in micro_batches:
+        loss = loss_sum(model, micro_batch) / count_of(micro_batches)
+        total += loss.item()
+    loss.backward()
+    return total
+
+
+def pads_and_returns_nothing(model, micro_batches):
+    for micro_batch in micro_batches:
+        (loss_sum(model, micro_batch) / sum(targets.numel() for _, targets in micro_batches)).backward()
+
+
+def leaves_eval_on(model, micro_batches):
+    model.eval()
+    return divides_at_the_end(model, micro_batches)
+
+
+def ignored_become_zeros(model, micro_batches):
+    mean = divides_at_the_end(model, micro_batches)
+    for _, targets in micro_batches:
+        targets[targets == data.IGNORED] = 0
+    return mean
 
 
 def zero_over_zero(model, micro_batches):
@@ -105,13 +229,35 @@ def returns_nothing(model, micro_batches):
     divides_at_the_end(model, micro_batches)
 
 
-RIGHT = [means_in_float32_without_the_empty, collects_by_hand, divides_at_the_end, row_by_row]
+RIGHT = [
+    means_in_float32_without_the_empty,
+    collects_by_hand,
+    divides_at_the_end,
+    row_by_row,
+    by_functions,
+    scales_by_hooks,
+    checkpoints_each,
+]
 WRONG = [
-    means_of_those_with_targets,
     zero_over_zero,
     stops_at_the_empty,
-    keeps_all_graphs,
     padding_at_the_edges_only,
-    returns_nothing,
+    leaves_eval_on,
     lambda model, micro_batches: None,
+    lambda model, micro_batches: round(row_by_row(model, micro_batches), 3),
+]
+NAMED = [
+    (means_of_those_with_targets, "mean_of_means", ...),
+    (above_zero, "above_zero_counted"),
+    (retains_the_running_sum, "graphs_retained"),
+    (backward_twice,),
+    (keeps_all_graphs, "graph_returned", "one_backward"),
+    (keeps_the_logits, "one_backward"),
+    (returns_its_graph, "graph_returned"),
+    (returns_nothing, "nothing_returned"),
+    (means_in_one_backward, "mean_of_means", "one_backward"),
+    (divides_what_it_returns, "not_divided", "one_backward"),
+    (backward_for_the_last, "cleared_inside"),
+    (pads_and_returns_nothing, "padding_counted", "nothing_returned"),
+    (ignored_become_zeros, "ignored_overwritten"),
 ]

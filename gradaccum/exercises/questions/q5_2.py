@@ -1,8 +1,10 @@
 """5.2: one update with the mean loss over all targets of a window of padded text."""
 
+from torch.nn.utils import clip_grad_norm_
+
 from gradaccum.exercises import material
 from gradaccum.exercises.question import Property, Question, known_mistakes, mistake
-from gradaccum.exercises.questions import lesson_05
+from gradaccum.exercises.questions import lesson_05, mistakes_05
 from gradaccum.exercises.questions.lesson_05 import TRIED, by_count, window_of
 
 
@@ -103,7 +105,7 @@ QUESTION = Question(
 
 in_a_step = {
     name: mistake(each.sentence)(material.update_with(each.answer))
-    for name, each in known_mistakes(vars(lesson_05)).items()
+    for name, each in known_mistakes(vars(mistakes_05)).items()
 }
 
 
@@ -129,4 +131,23 @@ def stepped_inside(model, optimizer, micro_batches):
         optimizer.step()
         mean += loss.item()
     optimizer.zero_grad()
+    return mean
+
+
+@mistake(
+    "The step moves nothing: the gradients are cleared before optimizer.step(), or no backward reaches the weights."
+)
+def cleared_before_the_step(model, optimizer, micro_batches):
+    mean = by_count(model, micro_batches)
+    optimizer.zero_grad()
+    optimizer.step()
+    return mean
+
+
+@mistake("A gradient that is longer than 1 is shortened, as by clipping; there is no clipping in this exercise.")
+def clipped(model, optimizer, micro_batches):
+    optimizer.zero_grad()
+    mean = by_count(model, micro_batches)
+    clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
     return mean

@@ -5,7 +5,7 @@ from torch.nn.functional import cross_entropy
 from gradaccum import data
 from gradaccum.exercises import material
 from gradaccum.exercises.question import Property, Question, known_mistakes, mistake
-from gradaccum.exercises.questions import lesson_05
+from gradaccum.exercises.questions import lesson_05, mistakes_05
 from gradaccum.exercises.questions.lesson_05 import TRIED, window_of
 
 
@@ -87,25 +87,13 @@ QUESTION = Question(
     given=window_gradient,
 )
 
-as_in_the_step = known_mistakes(vars(lesson_05))
-
-
-@mistake("The running sum holds the earlier micro-batches' graphs too; call backward on this micro-batch's own loss.")
-def running_sum(model, micro_batches):
-    mean = 0.0
-    for each in micro_batches:
-        mean = mean + material.token_loss(model, each) / material.target_count(*micro_batches)
-        mean.backward()
-    return mean
+as_in_the_step = known_mistakes(vars(mistakes_05))
 
 
 @mistake(
-    "With retain_graph=True the graphs of the running sum stay, and the first micro-batches are added many times; call "
-    "backward on this micro-batch's own loss."
+    "Nothing is left in .grad: it is cleared at the end, or no backward reaches the weights; leave the gradient there."
 )
-def graphs_retained(model, micro_batches):
-    mean = 0.0
-    for each in micro_batches:
-        mean = mean + material.token_loss(model, each) / material.target_count(*micro_batches)
-        mean.backward(retain_graph=True)
+def cleared_at_the_end(model, micro_batches):
+    mean = lesson_05.by_count(model, micro_batches)
+    model.zero_grad()
     return mean

@@ -7,7 +7,7 @@ import torch
 from gradaccum.exercises import material
 from gradaccum.exercises.material import filled_with, target_count, token_loss
 from gradaccum.exercises.question import Question, mistake
-from gradaccum.exercises.questions import lesson_05
+from gradaccum.exercises.questions import lesson_05, mistakes_05
 from gradaccum.exercises.questions.verdicts import asking
 
 
@@ -43,13 +43,13 @@ RIGHT = {
     "divides each sum by the count of all targets": lesson_05.by_count,
     "weights each mean by its share of the targets": float32_shares,
     "divides the gradient at the end": scaled_afterwards,
-    "calls backward once, at the end": lesson_05.one_backward,
+    "calls backward once, at the end": mistakes_05.one_backward.answer,
 }
-MEANS = {"takes the mean of means": lesson_05.mean_of_means}
+MEANS = {"takes the mean of means": mistakes_05.mean_of_means.answer}
 WRONG = {
-    "counts the padding too": lesson_05.padding_counted,
-    "does not divide": lesson_05.not_divided,
-    "clears inside the window": lesson_05.cleared_inside,
+    "counts the padding too": mistakes_05.padding_counted.answer,
+    "does not divide": mistakes_05.not_divided.answer,
+    "clears inside the window": mistakes_05.cleared_inside.answer,
     "leaves the last micro-batch out": one_left_out,
     "moves only some of the weights": first_not_moved,
 }

@@ -4,7 +4,7 @@ import ast
 
 from gradaccum.exercises import material
 from gradaccum.exercises.compare import Difference
-from gradaccum.exercises.question import Mistake, Property
+from gradaccum.exercises.question import Property
 
 
 def verdicts(answer, case):
@@ -14,7 +14,7 @@ def verdicts(answer, case):
 
 def text_of(fill):
     """Return a function's text, without the decorator that makes it a known mistake."""
-    tree = ast.parse(material.text_of(fill.answer if isinstance(fill, Mistake) else fill))
+    tree = ast.parse(material.text_of(fill))
     (function,) = tree.body
     function.decorator_list = [each for each in function.decorator_list if not ast.unparse(each).startswith("mistake(")]
     return ast.unparse(tree)

@@ -1,6 +1,7 @@
 """5.2: further right answers, which must get full points, and wrong ones, which must not."""
 
 import fills
+import torch
 
 
 def clears_last(fill):
@@ -49,7 +50,39 @@ def clears_before_the_step(model, optimizer, micro_batches):
     return mean
 
 
+def clips(model, optimizer, micro_batches):
+    optimizer.zero_grad()
+    mean = fills.row_by_row(model, micro_batches)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
+    optimizer.step()
+    return mean
+
+
+def never_clears_and_returns_nothing(model, optimizer, micro_batches):
+    fills.row_by_row(model, micro_batches)
+    optimizer.step()
+
+
+def steps_at_each_mean(model, optimizer, micro_batches):
+    for micro_batch in micro_batches:
+        optimizer.zero_grad()
+        fills.divides_at_the_end(model, [micro_batch])
+        optimizer.step()
+
+
+def moves_the_weights_itself(model, optimizer, micro_batches):
+    mean = fills.divides_at_the_end(model, micro_batches)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= optimizer.param_groups[0]["lr"] * parameter.grad
+    return mean
+
+
 RIGHT = [*map(clears_last, fills.RIGHT), clears_first, by_closure]
-WRONG = [*map(clears_last, fills.WRONG), clears_before_the_step, smaller_learning_rate]
-# Mutants of the reference answer that are right too, and why.
-EQUIVALENT = {"11: loss.item() -> loss": "a number in a tensor is a number, and the graph was freed by backward"}
+WRONG = [*map(clears_last, fills.WRONG), smaller_learning_rate, steps_at_each_mean, moves_the_weights_itself]
+NAMED = [
+    *((clears_last(fill), *names) for fill, *names in fills.NAMED),
+    (clears_before_the_step, "cleared_before_the_step"),
+    (clips, "clipped"),
+    (never_clears_and_returns_nothing, "nothing_returned", "not_cleared"),
+]

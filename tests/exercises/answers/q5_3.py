@@ -2,7 +2,33 @@
 
 import fills
 
+
+def empties_last(model, micro_batches):
+    mean = fills.divides_at_the_end(model, micro_batches)
+    model.zero_grad(set_to_none=False)
+    return mean
+
+
+def no_graph_at_all(model, micro_batches):
+    mean = sum(fills.loss_sum(model, each).detach() for each in micro_batches) / fills.count_of(micro_batches)
+    mean.requires_grad_().backward()
+    return mean.item()
+
+
+def divides_by_those_so_far(model, micro_batches):
+    total, count = 0.0, 0
+    for micro_batch in micro_batches:
+        loss, count = fills.loss_sum(model, micro_batch), count + fills.count_of([micro_batch])
+        total += loss.item()
+        (loss / count).backward()
+    return total / count
+
+
 RIGHT = fills.RIGHT
 WRONG = fills.WRONG
-# Mutants of the reference answer that are right too, and why.
-EQUIVALENT = {"11: loss.item() -> loss": "a number in a tensor is a number, and the graph was freed by backward"}
+NAMED = [
+    *fills.NAMED,
+    (empties_last, "cleared_at_the_end"),
+    (no_graph_at_all, "cleared_at_the_end"),
+    (divides_by_those_so_far, "count_so_far"),
+]
