@@ -74,7 +74,7 @@ check("5.1", mean_weights)
 # This is the step that libraries had wrong for years, and it is the one to take into your own code.
 #
 # Write `weighted_step(model, optimizer, micro_batches)`.
-# It makes one update, with the gradient of the mean loss over all targets of the window, and returns that mean loss, a number.
+# It makes one update, with the gradient of the mean loss over all targets of the window, and returns that mean loss, a number without a graph.
 #
 # - `model` takes tokens, int64 of shape `(rows, length)`, to logits of shape `(rows, length, vocabulary)`, each row by itself.
 # - `micro_batches` is a list of pairs `(inputs, targets)`, both int64 of shape `(rows, length)`; rows and length differ from one micro-batch to the next.
@@ -154,7 +154,7 @@ check("5.2", weighted_step)
 # This code is right about the gradient, and a large library shipped it; it needs nearly the memory of the full batch.
 #
 # Repair `window_gradient(model, micro_batches)` so that it holds one micro-batch's activations at a time.
-# Everything else stays as it is: `.grad` ends as the gradient of the mean loss over all targets of the window, and that mean loss is returned.
+# Everything else stays as it is: `.grad` ends as the gradient of the mean loss over all targets of the window, and that mean loss is returned, a number without a graph.
 #
 # - `model` and `micro_batches` are as in exercise 5.2, and the gradients are empty. Do not change the weights or the window.
 #
@@ -224,7 +224,7 @@ check("5.3", window_gradient)
 # - The update alone decides, not the memory. A right step may add in another order or weight in float32, so allow a relative error of 1e-5.
 #
 # The check hands your test right steps and wrong ones.
-# One of the wrong ones takes the mean of means, one counts the ignored targets too, one moves only some of the weights, and others make the mistakes of earlier lessons.
+# One of the wrong ones takes the mean of means, one counts the ignored targets too, some are wrong in one parameter alone, one is off by less than 1 %, and others make the mistakes of earlier lessons.
 #
 # **Example.** If `step` leaves the weights as they were, `is_right(step)` is `False`.
 
