@@ -1,7 +1,5 @@
 """5.4: write the test that tells the mean over all targets from the mean of means, and from other wrong steps."""
 
-import copy
-
 import torch
 
 from gradaccum.exercises import material
@@ -27,6 +25,24 @@ def scaled_afterwards(model, micro_batches):
 
 
 @filled_with
+def one_left_out(model, micro_batches):
+    for each in micro_batches[:-1] or micro_batches:
+        yield token_loss(model, each) / target_count(*micro_batches)
+
+
+@filled_with
+def slightly_too_long(model, micro_batches):
+    for each in micro_batches:
+        yield 1.008 * token_loss(model, each) / target_count(*micro_batches)
+
+
+@filled_with
+def turned_round(model, micro_batches):
+    for each in micro_batches:
+        yield -token_loss(model, each) / target_count(*micro_batches)
+
+
+@filled_with
 def first_not_moved(model, micro_batches):
     for each in micro_batches:
         yield token_loss(model, each) / target_count(*micro_batches)
@@ -34,9 +50,18 @@ def first_not_moved(model, micro_batches):
 
 
 @filled_with
-def one_left_out(model, micro_batches):
-    for each in micro_batches[:-1] or micro_batches:
+def middle_doubled(model, micro_batches):
+    for each in micro_batches:
         yield token_loss(model, each) / target_count(*micro_batches)
+    parameters = list(model.parameters())
+    parameters[len(parameters) // 2].grad *= 2
+
+
+@filled_with
+def last_doubled(model, micro_batches):
+    for each in micro_batches:
+        yield token_loss(model, each) / target_count(*micro_batches)
+    list(model.parameters())[-1].grad *= 2
 
 
 RIGHT = {
@@ -52,6 +77,10 @@ WRONG = {
     "clears inside the window": mistakes_05.cleared_inside.answer,
     "leaves the last micro-batch out": one_left_out,
     "moves only some of the weights": first_not_moved,
+    "doubles the gradient of one parameter in the middle": middle_doubled,
+    "doubles the gradient of the last parameter": last_doubled,
+    "makes each gradient 0.8 % too long": slightly_too_long,
+    "moves the weights the wrong way": turned_round,
 }
 EVERY, NOTICES = "every right step is called right", "a step that takes the mean of means is called wrong"
 calls = asking(RIGHT, MEANS | WRONG)
@@ -66,26 +95,27 @@ QUESTION = Question(
 )
 
 
-def trial(window, optimizer=torch.optim.SGD, lr=0.5, rtol=1e-5, mean=lesson_05.mean_over_targets):
-    """Make a test like the reference one, with one thing changed."""
+def close(atol=1e-7, some=slice(None)):
+    return lambda ours, theirs: all(torch.allclose(*each, 0, atol) for each in [*zip(ours, theirs, strict=True)][some])
+
+
+def trial(window, optimizer=torch.optim.SGD, lr=0.5, mean=lesson_05.mean_over_targets, agree=None):
+    """Make a test like the reference one, with one thing changed; it compares the updates."""
 
     def is_right(step):
-        model = material.token_model(1)
-        twin = copy.deepcopy(model)
+        start, model, twin = (material.token_model(1) for _ in range(3))
         step(model, optimizer(model.parameters(), lr=lr), window)
         mean(twin, window).backward()
         optimizer(twin.parameters(), lr=lr).step()
-        return all(
-            torch.allclose(one, other, rtol=rtol, atol=rtol / 100)
-            for one, other in zip(model.parameters(), twin.parameters(), strict=True)
-        )
+        return (agree or close())(*([*map(torch.sub, each.parameters(), start.parameters())] for each in (model, twin)))
 
     return is_right
 
 
-def without_ignored(window):
-    kept = [targets != material.IGNORED for _, targets in window]
-    return [tuple(part[here].view(len(part), -1) for part in each) for each, here in zip(window, kept, strict=True)]
+class Clipped(torch.optim.SGD):
+    def step(self):
+        torch.nn.utils.clip_grad_norm_(self.param_groups[0]["params"], 0.1)
+        super().step()
 
 
 def mean_of_means(model, window):
@@ -95,31 +125,71 @@ def mean_of_means(model, window):
 UNLIKE = material.padded_text([[5, 2], [2]], seed=1)  # 7 of 9 is rounded in float32
 
 with_equal_counts = mistake(
-    "The micro-batches of the test have equally many targets, and there a mean of means is right; let them differ."
-)(trial(without_ignored(material.padded_text([[3, 3], [3, 3]], seed=1))))
+    "The mean of means passes, since the micro-batches of your test have equally many targets; let them differ."
+)(trial(material.padded_text([[3, 1], [2, 2]], seed=1)))
+
+with_equal_lengths = mistake(
+    "The mean of means passes, and so does a step that counts the ignored targets: your micro-batches have equally "
+    "many targets, and none is ignored; let the rows have unequal lengths."
+)(trial([(inputs[:1, :3], torch.ones_like(inputs[:1, :3])) for inputs, _ in UNLIKE]))
+
+with_one_micro_batch = mistake(
+    "Steps pass that use one micro-batch alone or take the mean of means; a window of a single micro-batch cannot show "
+    "either, so use several."
+)(trial(material.padded_text([[5, 2]], seed=1)))
 
 without_padding = mistake(
-    "No target of the test is ignored, so a step that counts those too is called right; let rows have padding."
-)(trial(without_ignored(material.padded_text([[5, 5], [1]], seed=1))))
+    "A step that counts the ignored targets too passes, since your text has none; let rows have padding."
+)(trial([(inputs[:, :3], torch.ones_like(inputs[:, :3])) for inputs, _ in UNLIKE]))
 
 with_adam = mistake(
-    "The test trains with Adam, which shows a mean of means but hides a constant factor; use SGD without clipping."
-)(trial(UNLIKE, optimizer=torch.optim.Adam, lr=1e-3))
+    "Steps that scale the gradient pass, the one without the division among them; Adam and clipping hide a factor, and "
+    "so does comparing directions: use SGD without clipping, or compare the gradients themselves."
+)(trial(UNLIKE, torch.optim.Adam, lr=1e-3, agree=close(1e-6)))
+
+with_clipping = mistake(with_adam.sentence)(trial(UNLIKE, Clipped))
 
 to_the_last_bit = mistake(
-    "The test asks for equality to the last bit, which right steps miss by rounding; allow a small tolerance."
-)(trial(UNLIKE, rtol=0))
+    "Right steps are called wrong where they add in another order or weight in float32; they differ by rounding, so "
+    "allow a relative error of 1e-5."
+)(trial(UNLIKE, agree=lambda ours, theirs: all(map(torch.equal, ours, theirs))))
+
+closer_than_float32 = mistake(
+    "A right step is called wrong that weights in float32, and so is off by 1e-7; allow a relative error of 1e-5."
+)(trial(UNLIKE, agree=close(1e-12)))
 
 means_expected = mistake(
-    "The test expects the mean of means itself, and calls right steps wrong; compare with one batch of all rows."
+    "Right steps are called wrong and the mean of means right: compare with one batch of all rows, not with that mean."
 )(trial(UNLIKE, mean=mean_of_means))
 
+rather_tolerant = mistake(
+    "A step that does not divide is noticed, but others pass whose update is off by less, the mean of means among "
+    "them; compare the new weights, or the gradients, more closely: right steps agree to 1e-5."
+)(trial(UNLIKE, agree=close(0.5)))
 
-@mistake("The test accepts every step, the wrong ones too: does it compare weights or gradients, and how closely?")
+a_little_tolerant = mistake(
+    "A step passes whose gradients are all 0.8 % too long; right ones agree to 1e-5, so compare more closely, or let "
+    "the update be larger beside the weights."
+)(trial(UNLIKE, agree=close(5e-3)))
+
+lengths_compared = mistake(
+    "A step passes that moves the weights the wrong way; compare the updates number by number, not their lengths alone."
+)(trial(UNLIKE, agree=lambda ours, theirs: close()([each.norm() for each in ours], [each.norm() for each in theirs])))
+
+SOME = {"first": slice(1), "middle": slice(1, 2), "last": slice(2, 3), "but_first": slice(1, 3), "but_last": slice(2)}
+in_some_parameters = {
+    f"{which}_parameter_alone": mistake(
+        "Steps pass that are wrong in some of the parameters alone; compare every number of every parameter."
+    )(trial(UNLIKE, agree=close(some=some)))
+    for which, some in SOME.items()
+}
+
+
+@mistake("Every step passes, the wrong ones too: does your test compare weights or gradients, with what, how closely?")
 def always_right(step):
     return True
 
 
-@mistake("The test rejects every step, the right ones too: what does it compare with?")
+@mistake("All right steps are rejected: does your test return what it finds, and does it allow for rounding?")
 def always_wrong(step):
     return False

@@ -23,18 +23,19 @@ def text_of(fill):
 def asking(right, wrong):
     """Return what makes a property of a learner's test: that it calls some of these steps what they are.
 
-    Each step is a way to fill `.grad`, under what it does. They come in an order drawn from the seed, mixed with one to
-    three of the other kind, so that no count of the calls tells them apart.
+    Each step is a way to fill `.grad`, under what it does. All right ones or all wrong ones come, with one to three of
+    the others and in an order drawn from the seed, so that no count of the calls tells them apart. The steps that are
+    not asked about serve to recognize a mistake, by all that it lets pass.
     """
     texts = {does: text_of(fill) for does, fill in {**right, **wrong}.items()}
     does = {text: name for name, text in texts.items()}
 
     def calls(name, points, asked, tried, after):
-        others = [texts[each] for each in (right if asked.keys() <= wrong.keys() else wrong)]
+        ours, others = (wrong, right) if asked.keys() <= wrong.keys() else (right, wrong)
 
         def cases(draw):
-            steps = [*(texts[each] for each in asked), *draw.sample(others, draw.randrange(1, 4))]
-            return [{"steps": draw.sample(steps, len(steps))}]
+            steps = [*ours, *draw.sample([*others], draw.randrange(1, 4))]
+            return [{"steps": [texts[each] for each in draw.sample(steps, len(steps))]}]
 
         def expected(case):
             return [(does[text] in right, does[text]) for text in case["steps"]]

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import torch
 from fills import count_of, loss_sum
 from torch.nn.functional import cosine_similarity
@@ -50,38 +51,82 @@ def two_updates_with_momentum(step):
     return sum((one - other).norm() for one, other in pairs) < 1e-5
 
 
-def looks_at_the_bias_only(step):
-    window = [WORDS.batch(["OX", "COW"]), WORDS.batch(["ELEPHANT"])]
-    model = models.embedding_linear(len(WORDS), 4)
-    full = full_batch_gradient(model, window, lambda each: loss_sum(model, each), data.count_targets)
-    before = model[1].bias.detach().clone()
-    step(model, torch.optim.SGD(model.parameters(), lr=1.0), window)
-    return torch.allclose(before - model[1].bias, full[-1])
-
-
-def compared_by(measure, names=("OX", "ELEPHANT", "COW")):
-    """Make a test that compares the two updates in one way only."""
+def updates_compared(agree, names=("OX", "COW", "CAMEL"), cut=2, optimizer=torch.optim.SGD, lr=1.0, some=slice(None)):
+    """Make a test that compares the updates of some parameters in one way only."""
 
     def is_right(step):
-        window = [WORDS.batch(names[:1]), *([WORDS.batch(names[1:])] if names[1:] else [])]
         model = models.embedding_linear(len(WORDS), 4)
-        full = full_batch_gradient(model, window, lambda each: loss_sum(model, each), data.count_targets)
-        before = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
-        step(model, torch.optim.SGD(model.parameters(), lr=1.0), window)
-        moved = before - torch.nn.utils.parameters_to_vector(model.parameters())
-        return bool(measure(moved, torch.cat([found.flatten() for found in full])))
+        twin = copy.deepcopy(model)
+        before = [parameter.detach().clone() for parameter in model.parameters()][some]
+        window = [WORDS.batch(part) for part in (names[:cut], names[cut:]) if part]
+        step(model, optimizer(model.parameters(), lr=lr), window)
+        (loss_sum(twin, WORDS.batch(names)) / count_of(window)).backward()
+        optimizer(twin.parameters(), lr=lr).step()
+        moved = (zip([*each.parameters()][some], before, strict=True) for each in (model, twin))
+        return bool(agree(*(torch.cat([(one - start).flatten() for one, start in pairs]) for pairs in moved)))
 
     return is_right
 
 
-RIGHT = [gradients_compared, two_windows_in_float32, two_updates_with_momentum, compared_by(torch.allclose)]
+def within(tolerance):
+    return lambda one, other: (one - other).norm() < tolerance * other.norm()
+
+
+def counts_its_calls():
+    """Say right to the first four steps that it is given in a row, and wrong to the rest."""
+    calls = []
+
+    def is_right(step):
+        calls.append(step)
+        return len(calls) <= 4
+
+    return is_right
+
+
+def unlike_before(agree):
+    def is_right(step):
+        model = models.embedding_linear(len(WORDS), 4)
+        before = copy.deepcopy(model)
+        step(model, torch.optim.SGD(model.parameters(), lr=1.0), [WORDS.batch(["OX"]), WORDS.batch(["COW", "CAMEL"])])
+        return not all(map(agree, model.parameters(), before.parameters()))
+
+    return is_right
+
+
+THIRTEENS = "OXOXOX", "CAMEL", "COWCOW", "CAMEL", "COWCOW", "CAMEL", "COWOX", "CAME"
+ADAM = torch.optim.Adam
+RIGHT = [
+    gradients_compared,
+    two_windows_in_float32,
+    two_updates_with_momentum,
+    updates_compared(torch.allclose),
+    updates_compared(within(1e-3)),
+    updates_compared(within(1e-5), lr=0.1),
+    updates_compared(lambda one, other: np.allclose(one.detach(), other.detach(), atol=1e-6)),
+    updates_compared(lambda one, other: (one - other).abs().max() < 1e-6, names=THIRTEENS),
+    updates_compared(within(1e-4), optimizer=lambda weights, lr: torch.optim.SGD(weights, lr=lr, momentum=0.9)),
+]
 WRONG = [
-    lambda step: None,
-    looks_at_the_bias_only,
-    compared_by(torch.allclose, names=["ELEPHANT"]),
-    compared_by(lambda one, other: torch.allclose(one, other, atol=1.0)),
-    compared_by(lambda one, other: cosine_similarity(one, other, dim=0) > 0.99999),
-    compared_by(lambda one, other: one.norm() > 0),
+    counts_its_calls(),
+    lambda step: not gradients_compared(step),
+    lambda step: 1 / 0,
+    updates_compared(lambda one, other: one.norm() > 0),
+]
+NAMED = [
+    (lambda step: None, "always_wrong"),
+    (unlike_before(torch.equal), "always_right"),
+    (updates_compared(within(1e-2)), "a_little_tolerant"),
+    (updates_compared(within(0.5)),),
+    (updates_compared(within(1e-9)), "closer_than_float32"),
+    (updates_compared(torch.allclose, some=slice(1)), "first_parameter_alone"),
+    (updates_compared(torch.allclose, some=slice(1, None)), "but_first_parameter_alone"),
+    (updates_compared(torch.allclose, some=slice(2, None)), "last_parameter_alone"),
+    (updates_compared(lambda one, other: cosine_similarity(one, other, dim=0) > 0.9999), "with_clipping"),
+    (updates_compared(lambda one, other: torch.isclose(one.norm(), other.norm())), "lengths_compared"),
+    (updates_compared(within(1e-3), optimizer=ADAM, lr=1e-3), "with_adam"),
+    (updates_compared(torch.allclose, cut=3), "with_one_micro_batch"),
+    (updates_compared(torch.allclose, names=("COW", "OWL"), cut=1), "with_equal_lengths"),
+    (updates_compared(torch.allclose, names=("COW", "OWL", "CAMEL")), "without_padding"),
 ]
 # Mutants of the reference answer that are right too, and why.
 EQUIVALENT = {
