@@ -43,6 +43,7 @@ class Lesson:
         self.code = [cell for cell in self.cells if cell.cell_type == "code"]
         self.prose = [cell for cell in self.cells if cell.cell_type == "markdown"]
         self.text = "\n\n".join(cell.source for cell in self.prose)
+        self.with_tests = build.read_source(build.SOURCE / f"{stem}.py", tests=True)
 
     def sections(self):
         """The code cells after the set-up cell, cut at each `## ` heading; the opening counts as a section."""
@@ -123,21 +124,23 @@ def test_every_code_cell_was_run_and_keeps_its_outputs(lesson):
 
 
 def test_widget_cells_store_nothing_and_the_next_cell_tests_the_view(lesson):
-    for cell, following in zip(lesson.cells, [*lesson.cells[1:], None], strict=True):
-        for output in cell.get("outputs", []):
-            assert "application/vnd.jupyter.widget-view+json" not in output.get("data", {}), f"{cell.id} stores a view"
-        if cell.cell_type == "code" and LIVE & set(calls(cell)):
-            assert "widget" in tags(cell), f"{cell.id} shows a live view and has no tag `widget`"
+    code = [cell for cell in lesson.with_tests.cells if cell.cell_type == "code"]
+    for number, cell in enumerate(code):
+        if not LIVE & set(calls(cell)):
+            assert "widget" not in tags(cell), f"{cell.id} shows no live view"
+            continue
+        assert {"widget", "nbval-ignore-output"} <= tags(cell), f"{cell.id} shows a live view"
+        # An assert would give a prediction's answer away; revealed, it is stored, and nbval compares it.
+        after = code[number + 1 : number + 3]
+        reveals = after and calls(after[0])["reveal"]
+        tested = [each for each in after if "test" in tags(each) or each is after[0]]
+        asserts = [node for each in tested for node in ast.walk(ast.parse(each.source)) if isinstance(node, ast.Assert)]
+        assert reveals or asserts, f"after the view of {cell.id} nothing reveals, and no `test` cell asserts"
+    for cell in lesson.code:
         if "widget" in tags(cell):
-            assert cell.cell_type == "code", cell.id
-            assert "nbval-ignore-output" in tags(cell), cell.id
             assert cell.outputs == [], cell.id
-            assert following is not None, f"{cell.id} is the last cell: nothing tests its view"
-            assert following.cell_type == "code", f"after {cell.id} a code cell must test the view"
-            asserts = [node for node in ast.walk(ast.parse(following.source)) if isinstance(node, ast.Assert)]
-            # An assert would give a prediction's answer away; revealed, it is stored, and nbval compares it.
-            tested = asserts or calls(following)["reveal"]
-            assert tested, f"{following.id} follows the widget {cell.id}, and neither asserts nor reveals"
+        for output in cell.outputs:
+            assert "application/vnd.jupyter.widget-view+json" not in output.get("data", {}), f"{cell.id} stores a view"
 
 
 def test_answers_are_closed_until_the_reader_opens_them(lesson):
@@ -176,9 +179,10 @@ def test_what_is_compared_does_not_depend_on_versions(lesson):
 
 def test_length(lesson):
     words = [word for word in re.sub(r"<[^>]+>", " ", lesson.text).split() if re.search(r"\w", word)]
-    print(f"{lesson.stem}: {len(lesson.cells)} cells, {len(words)} words")
+    seen = [cell for cell in lesson.cells if "jp-MarkdownHeadingCollapsed" not in cell.metadata]
+    print(f"{lesson.stem}: {len(seen)} cells, {len(words)} words")
     least_cells, least_words = (0, 0) if lesson.stem == START else (15, 600)
-    assert least_cells <= len(lesson.cells) <= 30
+    assert least_cells <= len(seen) <= 30
     assert least_words <= len(words) <= 1200
 
 
@@ -251,7 +255,8 @@ def assert_as_stored(cells, after, how):
 
 @pytest.mark.slow
 def test_every_cell_can_be_run_twice(lesson):
-    fresh = copy.deepcopy(lesson.notebook)
+    """With the `test` cells too, which a learner does not get: between the others they change nothing."""
+    fresh = lesson.with_tests
     with build.kernel(fresh) as client:
         for cell in fresh.cells:
             for time_ in ("the first time", "the second time"):
@@ -353,6 +358,11 @@ def folder(tmp_path, monkeypatch):
         ("# %% install", "cell 5 is named 'install', and so is another cell"),
         ('# %% more tags=["nbval-ignore-outputs"]', "'more', has 'nbval-ignore-outputs'"),
         ('# %% more slideshow={"slide_type": "slide"}', "'more', has 'slideshow'"),
+        ('# %% more [markdown] tags=["folded"]', "'more', is folded but is no heading"),
+        ('# %% more tags=["folded"]', "'more', is folded but is no heading"),
+        ('# %% more [markdown] tags=["hidden"]', "'more', is Markdown, and only code is hidden"),
+        ('# %% more [markdown] alt="A bar"', "'more', is Markdown, and only code is hidden"),
+        ('# %% more tags=["test"]', "'more', is a test without an assert"),
     ],
 )
 def test_the_builder_refuses(folder, cell, sentence):
@@ -416,6 +426,47 @@ def test_the_builder_makes_a_notebook_and_notices_each_difference(folder, capsys
     made.rename(folder / "02_lost.ipynb")
     assert build.main([], build.check) == 1
     assert "01_small.ipynb is missing\n02_lost.ipynb: has no source" in capsys.readouterr().out
+
+
+MARKED = f"""{SOURCE}
+# %% came-out [markdown] tags=["folded"]
+# ### What came out
+
+# %% figure tags=["hidden", "nbval-ignore-output"] alt="One bar"
+number + 3
+
+# %% figure-test tags=["test"]
+assert number == 2
+number = 7
+
+# %% last
+number
+"""
+
+
+def test_marks_become_what_jupyterlab_reads(folder):
+    (folder / "source" / "01_small.py").write_text(MARKED)
+    assert build.main(["01_small"]) == 0
+    notebook = nbformat.read(folder / "01_small.ipynb", as_version=4)
+    assert [cell.id for cell in notebook.cells[4:]] == ["came-out", "figure", "last"]
+    heading, figure, last = notebook.cells[4:]
+    assert heading.metadata == {"jp-MarkdownHeadingCollapsed": True}
+    hidden = {"jupyter": {"source_hidden": True}}
+    assert figure.metadata == {**hidden, "tags": ["nbval-ignore-output"], "alt": "One bar"}
+    assert (last.execution_count, last.outputs[0].data["text/plain"]) == (5, "2"), "no test cell was run before it"
+    assert build.main([], build.check) == 0
+
+
+def test_a_lesson_runs_with_its_tests_and_a_wrong_one_is_named(folder, capsys):
+    source = folder / "source" / "01_small.py"
+    source.write_text(MARKED)
+    assert build.main(["01_small"], build.test) == 0
+    assert capsys.readouterr().out == "01_small: runs, and its 1 test cells hold\n"
+    source.write_text(MARKED.replace("number == 2", "number == 3, 'a canary'"))
+    assert build.main(["01_small"], build.test) == 1
+    assert "01_small.py, cell 'figure-test' failed: AssertionError: a canary" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["source"], "nothing was written"
+    assert build.main(["01_small"]) == 0, "the page itself runs"
 
 
 def test_the_builder_names_the_cell_that_fails_and_writes_nothing(folder, capsys):

@@ -31,6 +31,8 @@ weight = torch.tensor(3.0, requires_grad=True)
 for _ in range(3):
     (2 * weight).backward()
     print(weight.grad)
+
+# %% adds-test tags=["test"]
 assert weight.grad.item() == 6
 
 # %% adds-why [markdown]
@@ -68,16 +70,21 @@ for step, (inputs, targets) in enumerate(micro_batches):
         optimizer.zero_grad()
         updates += 1
 print(f"{len(micro_batches)} micro-batches, {updates} updates")
+
+# %% delay-test tags=["test"]
 assert updates == 8
 
 # %% delay-ask [markdown]
 # Four micro-batches of 8 names are the same 32 names as one batch of 32.
 # We would like the same gradient, too.
 
-# %% factor-guess tags=["nbval-ignore-output", "widget"]
+# %% factor-guess tags=["nbval-ignore-output", "widget", "hidden"]
 factor_guess = widgets.predict(
     "How many times the gradient of the one batch of 32 is now in .grad?"
 )
+
+# %% factor-came-out [markdown] tags=["folded"]
+# ### What came out
 
 # %% factor-run
 torch.manual_seed(0)
@@ -97,6 +104,8 @@ factor_guess.reveal(f"{factor:.5f}", "times the gradient of the one batch")
 # %% factor-check
 error = relative_error(delayed, full)
 print(f"distance from the full batch's gradient: {100 * error:.0f} %")
+
+# %% factor-test tags=["test"]
 assert abs(factor - accumulation_steps) < 1e-5
 assert abs(error - (accumulation_steps - 1)) < 1e-5
 
@@ -140,6 +149,9 @@ def losses_of(accumulation_steps, micro_batch_size):
 
 
 whole, delayed = losses_of(1, micro_batch_size=32), losses_of(4, micro_batch_size=8)
+print(f"after 24 updates: {whole[-1]:.1f} with one batch of 32")
+
+# %% astray-figure tags=["hidden"] alt="The loss over 24 updates on a logarithmic axis: with one batch of 32 it falls a little, with the delayed step it rises by many powers of ten."
 figure, (axis,) = plots.panels(["Same names, same learning rate"])
 series = {"one batch of 32": whole, "4 micro-batches of 8, delayed": delayed}
 plots.lines(
@@ -150,12 +162,14 @@ plots.lines(
     xlabel="update",
     ylabel="loss over all names, nats",
 )
-print(f"after 24 updates: {whole[-1]:.1f} with one batch of 32")
-print(f"with the delayed step above 1,000: {delayed[-1] > 1000}")
-print(f"and further up than after 12 updates: {delayed[-1] > delayed[11]}")
+figure
+
+# %% astray-why [markdown]
+# With the delayed step the loss is above 1,000 at the end, and it still rises.
+
+# %% astray-test tags=["test"]
 assert whole[-1] < 2.5
 assert delayed[-1] > max(1000, delayed[11])
-figure
 
 # %% where [markdown]
 # ## Where the gradients live
@@ -180,6 +194,8 @@ weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
 gradient_bytes = sum(parameter.grad.nbytes for parameter in model.parameters())
 print(f"4 losses, all deleted; places where the gradient lay: {len(places)}")
 print(f"bytes of the weights: {weight_bytes:,}, of their gradients: {gradient_bytes:,}")
+
+# %% where-test tags=["test"]
 assert len(places) == 1
 assert gradient_bytes == weight_bytes
 
@@ -197,10 +213,13 @@ assert gradient_bytes == weight_bytes
 # One update over 64 rows held 17.1 MB at its peak.
 # Now cut the 64 rows into 4 micro-batches of 16, with one step at the end.
 
-# %% peak-guess tags=["nbval-ignore-output", "widget"]
+# %% peak-guess tags=["nbval-ignore-output", "widget", "hidden"]
 peak_guess = widgets.predict(
     "One batch of 64 rows: 17.1 MB. How many MB for 4 micro-batches of 16?"
 )
+
+# %% peak-came-out [markdown] tags=["folded"]
+# ### What came out
 
 
 # %% peak-run
@@ -225,7 +244,7 @@ peak_guess.reveal(
     f"{four_pieces.peak_bytes / 1e6:.1f}", "MB for the window of 4 micro-batches"
 )
 
-# %% peak-figure
+# %% peak-figure tags=["hidden"] alt="Two bars of bytes by role: one batch of 64 rows holds 17.1 MB at its worst moment, 4 micro-batches of 16 rows hold 6.1 MB, and only these hold gradients then."
 figure, (axis,) = plots.panels(["What is held at the worst moment, by role"])
 figure.set_size_inches(8, 2.6)
 plots.stacked_roles(
@@ -234,9 +253,11 @@ plots.stacked_roles(
 print(f"1 x 64 rows: {one_batch.peak_bytes:,} bytes")
 print(f"4 x 16 rows: {four_pieces.peak_bytes:,} bytes")
 print(f"gradients at the peak: {four_pieces.at_peak['gradients']:,} bytes")
+figure
+
+# %% peak-test tags=["test"]
 assert one_batch.peak_bytes == 17_063_848
 assert four_pieces.at_peak["gradients"] == four_pieces.at_peak["parameters"]
-figure
 
 # %% peak-why [markdown]
 # More than a quarter, and for two reasons.
@@ -269,5 +290,5 @@ figure
 #
 # **Next**: the gradient is four times too large. Lesson 3 mends it with one line, and then asks why almost nobody would notice without that line.
 
-# %% recap-guesses
+# %% recap-guesses tags=["hidden"]
 widgets.recap()

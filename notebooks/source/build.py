@@ -4,12 +4,15 @@
     python notebooks/source/build.py 01_naive_loop              # one lesson
     python notebooks/source/build.py exercises/03_exercises     # one exercise notebook
     python notebooks/source/build.py --check                    # compare with the sources, run nothing
+    python notebooks/source/build.py --with-tests 02_accumulate # run it with its `test` cells, write nothing
     python notebooks/source/build.py --address ADDRESS          # set the repository's, or `none` (launch.py)
 
 A lesson is run in a fresh kernel and keeps what it shows. From an exercise the answers are taken out (release.py).
 
 A source is jupytext's py:percent. Each cell opens with its name, `# %% setup` or `# %% the-promise [markdown]`, which
-becomes the cell's id, so that a link, a comment and a review find the same cell after every change.
+becomes the cell's id, so that a link, a comment and a review find the same cell after every change. Its tags say how
+the page looks, and become what JupyterLab reads: a `folded` heading opens closed, a `hidden` cell without its code;
+`alt="..."` is what a screen reader says of a cell's figure. A `test` cell is left out of what a learner opens.
 """
 
 from __future__ import annotations
@@ -53,7 +56,11 @@ METADATA = {
     },
 }
 # A widget cell also carries `nbval-ignore-output`: what it shows is a live view, the cell after it tests the numbers.
-TAGS = {"nbval-ignore-output", "widget"}
+TAGS = {"nbval-ignore-output", "widget", "folded", "hidden", "test"}
+LOOKS = {
+    "folded": {"jp-MarkdownHeadingCollapsed": True},
+    "hidden": {"jupyter": {"source_hidden": True}},
+}
 CELL_SECONDS = 120
 
 
@@ -89,14 +96,15 @@ def expected(path: Path) -> NotebookNode:
     return release.released(release.marked(notebook)) if is_exercise(path) else notebook
 
 
-def read_source(path: Path) -> NotebookNode:
-    """Read a source into a notebook without outputs: ids from the cells' names, no metadata but tags."""
+def read_source(path: Path, tests: bool = False) -> NotebookNode:
+    """Read a source into a notebook without outputs: ids from the cells' names, metadata from their tags."""
     notebook = nbformat.v4.new_notebook(metadata=METADATA)
     notebook.nbformat_minor = 5  # the first with cell ids
     allowed = f"at most the tags {', '.join(sorted(TAGS))}"
     for number, cell in enumerate(jupytext.read(path, fmt="py:percent").cells, start=1):
         here = f"{path.name}, cell {number}"
         name, tags = cell.metadata.pop("title", ""), cell.metadata.pop("tags", [])
+        alt = cell.metadata.pop("alt", None)
         if not name:
             raise SourceError(f"{here} has no name: open it with `# %% some-name`.")
         if not re.fullmatch(r"[a-z0-9-]{1,64}", name):
@@ -116,13 +124,38 @@ def read_source(path: Path) -> NotebookNode:
             raise SourceError(
                 f"{here}, {name!r}, has {unknown[0]!r}: besides its name a cell has {allowed}."
             )
-        metadata = {"tags": tags} if tags else {}
+        if wrong := misplaced(cell, tags, alt):
+            raise SourceError(f"{here}, {name!r}, {wrong}.")
+        kept = [tag for tag in tags if tag not in LOOKS]
+        metadata = {"tags": kept} if kept else {}
+        for tag in set(tags) & set(LOOKS):
+            metadata |= LOOKS[tag]
+        if alt:
+            metadata["alt"] = alt
         notebook.cells.append(
             nbformat.from_dict({**cell, "id": name, "metadata": metadata})
         )
+    if not tests:
+        notebook.cells = [
+            cell
+            for cell in notebook.cells
+            if "test" not in cell.metadata.get("tags", [])
+        ]
     notebook.cells[1:1] = launch.cells(f"notebooks/{name_of(path)}.ipynb")
     nbformat.validate(notebook)
     return notebook
+
+
+def misplaced(cell: NotebookNode, tags: list[str], alt: str | None) -> str:
+    """Say what is wrong with where a tag is used; "" if nothing is."""
+    is_heading = cell.cell_type == "markdown" and cell.source.startswith("#")
+    if "folded" in tags and not is_heading:
+        return "is folded but is no heading, and only a heading can be closed"
+    if cell.cell_type != "code" and (alt or {"hidden", "test"} & set(tags)):
+        return "is Markdown, and only code is hidden, tests, or has a figure's alt"
+    if "test" in tags and not re.search(r"\bassert\b", cell.source):
+        return "is a test without an assert"
+    return ""
 
 
 @contextmanager
@@ -169,9 +202,9 @@ def run_cells(client: NotebookClient, cells: Iterable[NotebookNode]) -> None:
         raise SourceError(f"cell {cell.id!r} failed: {problem}")
 
 
-def build(path: Path) -> NotebookNode:
+def build(path: Path, tests: bool = False) -> NotebookNode:
     """Read a source, run it in a fresh kernel, and keep the outputs of all cells but the widgets."""
-    notebook = read_source(path)
+    notebook = read_source(path, tests)
     with kernel(notebook) as client:
         try:
             run_cells(client, notebook.cells)
@@ -244,6 +277,16 @@ def make(path: Path) -> list[str]:
         f"{name_of(path)}: {len(notebook.cells)} cells, {seconds:.1f} s, {len(data):,} bytes",
         flush=True,
     )
+    return []
+
+
+def test(path: Path) -> list[str]:
+    """Run one lesson with its `test` cells and say so; nothing is written."""
+    if is_exercise(path):
+        return []  # its checks are its tests
+    notebook = build(path, tests=True)
+    tests = sum("test" in cell.metadata.get("tags", []) for cell in notebook.cells)
+    print(f"{name_of(path)}: runs, and its {tests} test cells hold")
     return []
 
 
@@ -376,10 +419,16 @@ if __name__ == "__main__":
         help="compare sources, ids and metadata; run nothing",
     )
     parser.add_argument(
+        "--with-tests",
+        action="store_true",
+        help="run a lesson with its `test` cells; write nothing",
+    )
+    parser.add_argument(
         "--address",
         help="set the repository's address, https://github.com/OWNER/NAME or none",
     )
     arguments = parser.parse_args()
     if arguments.address is not None:
         sys.exit(set_address(arguments.address))
-    sys.exit(main(arguments.names, check if arguments.check else make))
+    act = check if arguments.check else test if arguments.with_tests else make
+    sys.exit(main(arguments.names, act))
