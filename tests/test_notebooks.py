@@ -24,6 +24,8 @@ from jupyter_client import KernelManager
 from nbval.kernel import CURRENT_ENV_KERNEL_NAME, NbvalKernelspecManager
 from nbval.plugin import coalesce_streams
 
+from gradaccum import exercises
+
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
 START = "00_start_here"
@@ -196,21 +198,28 @@ def test_opening(lesson):
     assert len([line for line in setup.source.splitlines() if line.strip()]) <= 8
 
 
-def test_minutes_add_up():
-    def minutes(pattern, text):
-        return [int(each) for each in re.findall(pattern, text, re.M)]
-
+def test_the_tables_say_what_the_notebooks_hold():
+    """Counted here from the made notebooks and the questions, and there from the sources."""
     readme, start = (ROOT / "README.md").read_text("utf-8"), Lesson(START).text
-    lessons = [minutes(r"(\d+) minutes", Lesson(stem).cells[0].source)[0] for stem in LESSONS]
-    listed = [minutes(r"^\| \[\d\. .* \| (\d+) \|", page) for page in (readme, start)]
-    assert listed == [lessons, lessons[1:]]
-    exercises = 0
-    for path in NOTEBOOKS.glob("exercises/*.ipynb"):
-        text = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells)
-        exercises += (total := sum(minutes(r"^difficulty ./5 \| (\d+) minutes", text)))
-        assert minutes(r" points, about (\d+) minutes;", text) == [total], path.name
-    assert f"have {sum(lessons)} minutes for the lessons, {exercises} for their exercises" in readme
-    assert f"the lessons take {sum(lessons)} minutes, the exercises {exercises}" in start
+    sums, rows = [0, 0, 0, 0], []
+    for stem in LESSONS:
+        title, _, about = Lesson(stem).cells[0].source.splitlines()[0].removeprefix("# ").partition(": ")
+        spent, found, link = int(re.search(r"(\d+) minutes", Lesson(stem).cells[0].source)[1]), (0, 0, 0), ""
+        if stem != START:
+            path = f"exercises/{stem[:2]}_exercises.ipynb"
+            text = "\n".join(cell.source for cell in nbformat.read(NOTEBOOKS / path, as_version=4).cells)
+            questions, each = (
+                exercises.questions_of(int(stem[:2])),
+                re.findall(r"^difficulty ./5 \| (\d+) min", text, re.M),
+            )
+            found = len(questions), sum(question.points for question in questions), sum(map(int, each))
+            assert f"xercises, {found[1]} points, about {found[2]} minutes;" in text
+            link = "{} ({} points, {} minutes)".format(*found)
+            rows.append(f"| [{title}]({stem}.ipynb) | {about} | {spent} | [{link}]({path}) |")
+        assert f"]({f'notebooks/{stem}.ipynb'}) | {about} | {spent} | {'[' if link else ''}{link}" in readme
+        sums = [one + other for one, other in zip(sums, (spent, *found), strict=True)]
+    assert "| in all | | {} | {} ({} points, {} minutes) |".format(*sums) in readme
+    assert "\n".join(rows) in start
 
 
 def test_no_magics_and_no_paths(lesson):

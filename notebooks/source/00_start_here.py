@@ -78,19 +78,11 @@ assert right < 1e-5
 #
 # ## The map
 #
-# | lesson | what you see | minutes |
-# |---|---|---|
-# | [1. The naive loop](01_naive_loop.ipynb) | what the batch size decides: noise and bytes | 15 |
-# | [2. Accumulate](02_accumulate.ipynb) | `.grad` adds up; a delayed step is k times too large | 15 |
-# | [3. Normalize](03_normalize.ipynb) | one division, and which optimizers notice when it is missing | 20 |
-# | [4. Windows](04_windows.ipynb) | seven ways the loop goes wrong at its edges; the learning rate | 25 |
-# | [5. Unequal micro-batches](05_unequal_micro_batches.ipynb) | the mean of means is not the mean; the finished loop | 25 |
-# | [6. GPU memory](06_gpu_memory.ipynb) | a step's peak to the byte; which GPT-2 trains on 8, 16, 24 GB | 35 |
+# {{lessons}}
 #
 # Take them in this order: each opens with the loop that the one before ended with.
 # All of them run on a laptop without a GPU.
 # Lessons 1 to 6 end with a link to their exercises, which grade themselves.
-# This page and the lessons take 140 minutes, the exercises 280.
 
 # %% how [markdown]
 # ## How a lesson works

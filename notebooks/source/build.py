@@ -29,6 +29,7 @@ from pathlib import Path
 import jupytext
 import launch
 import nbformat
+import overview
 import release
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
@@ -68,10 +69,14 @@ class SourceError(ValueError):
     """A source that cannot be made into a notebook; the message is for the author."""
 
 
+def lessons() -> list[Path]:
+    """Find the sources of the lessons, in their order."""
+    return sorted(SOURCE.glob("[0-9][0-9]_*.py"))
+
+
 def sources() -> dict[str, Path]:
-    """Find the sources by name: NN_name of a lesson, exercises/NN_exercises of its exercises."""
-    lessons = sorted(SOURCE.glob("[0-9][0-9]_*.py"))
-    found = [*lessons, *sorted(SOURCE.glob("exercises/[0-9][0-9]_*.py"))]
+    """Find the sources by name: NN_name of a lesson, exercises/NN_name of its exercises."""
+    found = [*lessons(), *sorted(SOURCE.glob("exercises/[0-9][0-9]_*.py"))]
     return {name_of(path): path for path in found}
 
 
@@ -124,6 +129,8 @@ def read_source(path: Path, tests: bool = False) -> NotebookNode:
             raise SourceError(
                 f"{here}, {name!r}, has {unknown[0]!r}: besides its name a cell has {allowed}."
             )
+        if cell.cell_type == "markdown":
+            cell.source = overview.filled(cell.source, path, lessons())
         if wrong := misplaced(cell, tags, alt):
             raise SourceError(f"{here}, {name!r}, {wrong}.")
         kept = [tag for tag in tags if tag not in LOOKS]
@@ -317,6 +324,20 @@ def keep_answers(act: Callable[[Path], list[str]]) -> list[str]:
     return [problem]
 
 
+def keep_readme(act: Callable[[Path], list[str]]) -> list[str]:
+    """Write README's table of the lessons, or compare it."""
+    path = NOTEBOOKS.parent / "README.md"
+    text = path.read_text("utf-8") if path.exists() else ""
+    written = overview.readme(text, lessons()) if text else ""
+    if act is make and written != text:
+        write(written.encode(), path)
+    if act is make or written == text:
+        return []
+    problem = "README.md: its table does not say what the sources say"
+    print(problem)
+    return [problem]
+
+
 def greeting() -> list[NotebookNode]:
     """Run the generated code cell, the same in every notebook, and return what it shows."""
     notebook = nbformat.v4.new_notebook(cells=launch.cells(""))
@@ -395,7 +416,9 @@ def main(names: list[str], act: Callable[[Path], list[str]] = make) -> int:
         problems = [problem for name in chosen for problem in act(known[name])]
         if any(is_exercise(known[name]) for name in chosen):
             problems += keep_answers(act)
-    except SourceError as error:
+        if not names:
+            problems += keep_readme(act)
+    except (SourceError, overview.OverviewError) as error:
         print(error, file=sys.stderr)
         return 1
     made = {made_from(path) for path in known.values()}

@@ -14,6 +14,7 @@ import tomllib
 from pathlib import Path
 from urllib.parse import quote
 
+import overview
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell
 
@@ -129,18 +130,12 @@ def cells(path: str) -> list[NotebookNode]:
 
 def readme(text: str) -> str:
     """Write the block that README.md keeps for this."""
-    before, start, rest = text.partition(START)
-    _, end, after = rest.partition(END)
-    if not (start and end):
-        raise AddressError(
-            f"README.md has lost the lines that hold its links: {START.strip()} and {END.strip()}."
-        )
     block = (
         WITHOUT
         if ADDRESS is None
         else WITH.format(address=ADDRESS, links=links_in_words(FIRST))
     )
-    return before + start + block + end + after
+    return overview.within(text, START, END, block)
 
 
 def project(text: str) -> str:

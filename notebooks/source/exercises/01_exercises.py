@@ -3,7 +3,7 @@
 #
 # You write one training step, repair a loop that eats memory, and predict the noise of a batch.
 #
-# Three exercises, 9 points, about 25 minutes; [lesson 1](../01_naive_loop.ipynb) has all that they need.
+# {{totals}}; [lesson 1](../01_naive_loop.ipynb) has all that they need.
 # Fill in a cell that ends in `raise NotImplementedError`, or repair the code that you find there, run it, and run its check.
 # A check tells you what it tried, and what went wrong; run it as often as you like.
 

@@ -3,7 +3,7 @@
 #
 # You predict what `.grad` holds, repair a loop that loses most of its gradients, and write the delayed step.
 #
-# Three exercises, 8 points, about 30 minutes; [lesson 2](../02_accumulate.ipynb) has all that they need.
+# {{totals}}; [lesson 2](../02_accumulate.ipynb) has all that they need.
 # Fill in a cell that ends in `raise NotImplementedError`, or repair the code that a cell holds; run it, and run its check.
 # A check tells you what it tried, and what went wrong; run it as often as you like.
 #

@@ -3,7 +3,7 @@
 #
 # You write one normalized window, say what a summed loss needs, and write the test that notices a missing division.
 #
-# Three exercises, 11 points, about 35 minutes; [lesson 3](../03_normalize.ipynb) has all that they need.
+# {{totals}}; [lesson 3](../03_normalize.ipynb) has all that they need.
 # Fill in a cell that ends in `raise NotImplementedError`, run it, and run its check.
 # A check tells you what it tried, and what went wrong; run it as often as you like.
 

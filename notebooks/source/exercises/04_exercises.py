@@ -3,7 +3,7 @@
 #
 # You cut a stream into windows, write an epoch that has no bad edges, repair two loops, and count updates.
 #
-# Five exercises, 17 points, about 60 minutes; [lesson 4](../04_windows.ipynb) has all that they need.
+# {{totals}}; [lesson 4](../04_windows.ipynb) has all that they need.
 # Fill in a cell that ends in `raise NotImplementedError`, or repair the code that you find, run it, and run its check.
 # A check tells you what it tried, and what went wrong; run it as often as you like.
 

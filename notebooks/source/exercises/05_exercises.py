@@ -3,7 +3,7 @@
 #
 # You weight means, write the step that is right for text of any lengths, repair a fix that lost the point, and write the test that notices a mean of means.
 #
-# Four exercises, 16 points, about 65 minutes; [lesson 5](../05_unequal_micro_batches.ipynb) has all that they need.
+# {{totals}}; [lesson 5](../05_unequal_micro_batches.ipynb) has all that they need.
 # Fill in a cell that ends in `raise NotImplementedError`, or repair the code that is there, run it, and run its check.
 # A check tells you what it tried, and what went wrong; run it as often as you like.
 

@@ -3,7 +3,7 @@
 #
 # You write a step's peak down to the byte, plan for a budget, say what accumulation costs, and free what a loop keeps.
 #
-# Four exercises, 14 points, about 65 minutes; [lesson 6](../06_gpu_memory.ipynb) has all that they need.
+# {{totals}}; [lesson 6](../06_gpu_memory.ipynb) has all that they need.
 # Fill in a cell that ends in `raise NotImplementedError`, or repair the code that is there, run it, and run its check.
 # A check tells you what it tried, and what went wrong; run it as often as you like.
 
