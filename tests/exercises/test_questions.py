@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import build
-import matrix
+import mistakes
 import pytest
 import release
 from mutants import mutants
@@ -284,11 +284,11 @@ def test_every_pitfall_that_the_lessons_teach_has_its_mistake(pitfall):
 
 @pytest.mark.slow
 def test_the_page_of_mistakes_is_as_made():
-    assert matrix.PAGE.read_text(encoding="utf-8") == matrix.page(), "make it again: python tests/answers/matrix.py"
+    assert mistakes.PAGE.read_text(encoding="utf-8") == mistakes.page(), "make it again: python notebooks/source/mistakes.py"
 
 
 def test_whoever_is_led_to_the_mistakes_is_warned():
-    assert "spoils the exercises" in matrix.PAGE.read_text(encoding="utf-8").split("\n\n")[1]
+    assert "spoils the exercises" in mistakes.PAGE.read_text(encoding="utf-8").split("\n\n")[1]
     for name in ("README.md", "notebooks/exercises/INSTRUCTOR.md"):
         (line,) = [line for line in (ROOT / name).read_text(encoding="utf-8").splitlines() if "MISTAKES.md" in line]
         assert "spoils" in line, name

@@ -1,4 +1,4 @@
-"""Make the page that shows which property catches which mistake: python tests/answers/matrix.py."""
+"""Make the page that shows which property catches which mistake: python notebooks/source/mistakes.py."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +11,7 @@ HEAD = """# What the checks catch
 
 **This page spoils the exercises**: to learn from one, write an answer and run its check, which names your own mistake.
 
-Made by `python tests/answers/matrix.py` and held by a test. For each question: the known mistakes by the name they
+Made by `python notebooks/source/mistakes.py` and held by a test. For each question: the known mistakes by the name they
 have in `gradaccum/exercises/`, the properties (lettered) that each of them fails, and what it still earns.
 A dot: holds. An x: fails. A dash: not tried, or does not count.
 """
