@@ -50,16 +50,24 @@ def lab(chromium, tmp_path_factory):
     lab.stop()
 
 
+FOLDED = """() => ["isHidden", "inputHidden"].map(
+    is => nb.widgets.filter(each => each[is]).map(each => each.model.sharedModel.getId()))"""
+
+
 @pytest.fixture(scope="module", params=PATHS)
 def notebook(request, chromium, lab):
     """A notebook that was opened, looked at, and run from the top through the menu's command."""
     notebook = Notebook(chromium, lab.address, request.param)
     notebook.closed = [not one.evaluate("node => node.open") for one in notebook.page.locator("details").all()]
     notebook.given_away = [cell for cell in notebook.code_cells() if "Measured:" in notebook.output(cell).inner_text()]
-    notebook.popped_up = notebook.pop_ups()
+    cells = notebook.page.evaluate("() => context.model.toJSON().cells")
+    notebook.marks = {cell["id"]: cell["metadata"] for cell in cells}
+    notebook.popped_up, notebook.folded = notebook.pop_ups(), [notebook.page.evaluate(FOLDED)]
     begin = time.perf_counter()
     notebook.do("notebook:run-all-cells")
     print(f"\n{request.param}: ran in {time.perf_counter() - begin:.1f} s")
+    notebook.folded.append(notebook.page.evaluate(FOLDED))
+    notebook.do("notebook:expand-all-headings")  # the other tests press and look at everything
     yield notebook
     notebook.close()
 
@@ -97,6 +105,22 @@ def test_it_opens_without_answers_and_runs_without_errors(notebook):
             assert output.get("name") != "stderr" or cell in WARNS, f"{cell}: {output['text']}"
             left = "".join(output.get("data", {}).get("text/html", ""))
             assert not re.search(r"\d%\|", left), f"{cell} leaves a progress bar: {left}"
+
+
+def test_what_is_folded_opens_closed_and_stays_so(notebook):
+    below, answers, hidden = 0, [], []
+    for cell in notebook.page.evaluate("() => context.model.toJSON().cells"):
+        level = len(re.match(r"#*", cell["source"])[0]) if cell["cell_type"] == "markdown" else 0
+        below = 0 if level and level <= below else below
+        answers += [cell["id"]] if below else []
+        if notebook.marks[cell["id"]].get("jp-MarkdownHeadingCollapsed"):
+            below = level
+        hidden += [cell["id"]] if notebook.marks[cell["id"]].get("jupyter", {}).get("source_hidden") else []
+    assert notebook.folded == [[answers, hidden]] * 2, "as it was opened, and after all was run"
+    assert bool(answers) == any("jp-MarkdownHeadingCollapsed" in marks for marks in notebook.marks.values())
+    if notebook.path.endswith("02_accumulate.ipynb"):
+        assert {"factor-run", "peak-figure"} <= set(answers)
+        assert {"factor-guess", "recap-guesses"} <= set(hidden)
 
 
 def test_every_guess_opens_its_answer_by_keyboard_and_by_mouse(notebook):
