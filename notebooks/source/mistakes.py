@@ -20,11 +20,20 @@ MARKS = {True: ".", False: "x", None: "-"}
 
 def rows(question):
     """Yield a table row for each mistake, the given code of a bug hunt first."""
-    named = [("as given", question.given, "The code that the learner starts from.")] if question.given else []
-    named += [(name, each.answer, each.sentence) for name, each in question.mistakes.items()]
+    named = (
+        [("as given", question.given, "The code that the learner starts from.")]
+        if question.given
+        else []
+    )
+    named += [
+        (name, each.answer, each.sentence) for name, each in question.mistakes.items()
+    ]
     for name, answer, said in named:
         outcome = grade(replace(question, given=None), answer)
-        marks = " | ".join(MARKS[result.passed] for result in outcome.results[: len(question.properties)])
+        marks = " | ".join(
+            MARKS[result.passed]
+            for result in outcome.results[: len(question.properties)]
+        )
         yield f"| `{name}` | {marks} | {outcome.points} | {said} |"
 
 
@@ -33,11 +42,17 @@ def page():
     parts = [HEAD]
     for lesson in exercises.LESSONS:
         for question in exercises.questions_of(lesson):
-            letters = [chr(ord("A") + index) for index in range(len(question.properties))]
+            letters = [
+                chr(ord("A") + index) for index in range(len(question.properties))
+            ]
             parts.append(f"## {question.id} {question.title}\n")
             pairs = zip(letters, question.properties, strict=True)
-            parts += [f"- {letter}: {each.name} ({each.points})" for letter, each in pairs]
-            parts.append(f"\n| mistake | {' | '.join(letters)} | of {question.points} | what the learner reads |")
+            parts += [
+                f"- {letter}: {each.name} ({each.points})" for letter, each in pairs
+            ]
+            parts.append(
+                f"\n| mistake | {' | '.join(letters)} | of {question.points} | what the learner reads |"
+            )
             parts.append("|---|" + "---|" * (len(letters) + 2))
             parts += [*rows(question), ""]
     return "\n".join(parts)
