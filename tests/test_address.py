@@ -307,7 +307,7 @@ def test_with_an_address_all_is_as_the_sources_say_and_lessons_run(tmp_path):
         done = subprocess.run([sys.executable, *arguments], cwd=folder, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
-    builder, exercise = "notebooks/source/build.py", folder / "notebooks" / "exercises" / "01_naive_loop.ipynb"
+    builder, exercise = "notebooks/source/build.py", folder / "notebooks" / "exercises" / "01_exercises.ipynb"
     run(builder, f"--address={ADDRESS}")
     run(builder, "--check")
     written = exercise.read_bytes()
