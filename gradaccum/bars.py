@@ -11,25 +11,26 @@ from typing import Any
 
 
 class Shown(io.StringIO):
-    """A file that shows the last line written to it in a display of the notebook, and nothing after a blank one.
+    """A file that shows the last line written to it in a display of the notebook: one given, or one of its own.
 
-    A stream would not do: Jupyter keeps all that was written to it in the notebook's file.
+    A stream would not do: Jupyter keeps all that was written to it in the notebook's file. A blank line empties its
+    own; what stays of that is an output without data, in which nbval sees no difference to none.
     """
 
     def __init__(self, handle: Any = None) -> None:
         super().__init__()
-        self._handle = handle
+        self._handle, self._own = handle, None
 
     def write(self, text: str) -> int:
         """Show this in the place of what was shown before."""
         from IPython.display import HTML, display
 
-        line = text.strip()
-        page = HTML(f"<pre>{html.escape(line)}</pre>" if line else "")
-        if self._handle is not None:
-            self._handle.update(page)
-        elif line:
-            self._handle = display(page, display_id=True)
+        if line := text.strip():
+            if self._handle is None:
+                self._handle = self._own = display({}, raw=True, display_id=True)
+            self._handle.update(HTML(f"<pre>{html.escape(line)}</pre>"))
+        elif self._own is not None:
+            self._own.update({}, raw=True)
         return len(text)
 
 
