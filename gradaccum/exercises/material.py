@@ -32,8 +32,8 @@ def classifier(seed: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3)).double()
 
 
-def samples(sizes: Sequence[int], seed: int) -> list[Batch]:
-    """Draw micro-batches of these sizes: inputs of shape (size, 3), targets of shape (size,).
+def samples(sizes: Sequence[int], seed: int, scale: float = 1.0) -> list[Batch]:
+    """Draw micro-batches of these sizes: inputs of shape (size, 3) and this scale, targets of shape (size,).
 
     Example:
         >>> [inputs.shape[0] for inputs, targets in samples([4, 1, 3], seed=0)]
@@ -41,7 +41,7 @@ def samples(sizes: Sequence[int], seed: int) -> list[Batch]:
     """
     draw = torch.Generator().manual_seed(seed)
     options = {"generator": draw, "dtype": torch.float64}
-    return [(torch.randn(n, 3, **options), torch.randint(3, (n,), generator=draw)) for n in sizes]  # type: ignore[call-overload]
+    return [(scale * torch.randn(n, 3, **options), torch.randint(3, (n,), generator=draw)) for n in sizes]  # type: ignore[call-overload]
 
 
 def token_model(seed: int, vocabulary: int = 7, width: int = 4) -> nn.Sequential:

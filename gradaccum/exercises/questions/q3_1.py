@@ -9,7 +9,7 @@ from gradaccum.exercises.questions import lesson_03
 
 
 def gradients_of_two_calls(answer, case):
-    model, window = material.classifier(case["seed"]), material.samples(case["sizes"], case["seed"])
+    model, window = material.classifier(case["seed"]), material.samples(case["sizes"], case["seed"], case["scale"])
     before = material.weights(model)
     answer(model, window)
     found = {"gradient": material.gradient(model), "weights changed": material.weights(model) != before}
@@ -20,15 +20,19 @@ def gradients_of_two_calls(answer, case):
 
 def large_batch_gradient(case):
     model = material.classifier(case["seed"])
-    inputs, targets = material.joined(material.samples(case["sizes"], case["seed"]))
+    inputs, targets = material.joined(material.samples(case["sizes"], case["seed"], case["scale"]))
     cross_entropy(model(inputs), targets).backward()
     gradient = material.gradient(model)
     return {"gradient": gradient, "weights changed": False, "gradient of a second call": gradient}
 
 
 def equal_windows(draw):
-    shapes = [(2, 3), (5, 1), (3, 4), (4, 2), (8, 64)]  # k and the size: no single number serves them all
-    return [{"sizes": [size] * k, "seed": draw.randrange(10**6)} for k, size in shapes]
+    shapes = [(2, 3), (5, 1), (3, 4), (4, 2), (8, 64), (1, 5)]  # k and the size: no single number serves them all
+    scales = [1, 1, 1, 30, 1, 30]  # some gradients are longer than 1, so that clipping shows
+    return [
+        {"sizes": [size] * k, "scale": scale, "seed": draw.randrange(10**6)}
+        for (k, size), scale in zip(shapes, scales, strict=True)
+    ]
 
 
 def window_peak(answer, case):
@@ -136,9 +140,9 @@ def stepped(model, micro_batches):
 
 
 @mistake(
-    "The gradient is right, but more than one micro-batch's activations are held at a time: by one backward at the "
-    "end, by joining the micro-batches, by retain_graph=True, or by a list of losses or outputs that have their "
-    "graphs; call backward for each micro-batch and keep nothing of it."
+    "More than one micro-batch's activations are held at a time: by one backward at the end, by joining the "
+    "micro-batches, by retain_graph=True, or by a list of losses or outputs that have their graphs; call backward for "
+    "each micro-batch and keep nothing of it."
 )
 def one_backward(model, micro_batches):
     losses = [cross_entropy(model(inputs), targets) for inputs, targets in micro_batches]

@@ -49,6 +49,11 @@ def slightly_too_long(model, micro_batches):
         (1.003 * cross_entropy(model(inputs), targets) / len(micro_batches)).backward()
 
 
+def turned_round(model, micro_batches):
+    for inputs, targets in micro_batches:
+        (-cross_entropy(model(inputs), targets) / len(micro_batches)).backward()
+
+
 def last_weight_undivided(model, micro_batches):
     for inputs, targets in micro_batches:
         (cross_entropy(model(inputs), targets) / len(micro_batches)).backward()
@@ -76,6 +81,7 @@ WRONG = {
     "divides each sum by k": lesson_03.sum_divided_by_steps,
     "uses the last micro-batch alone": last_undivided,
     "makes each gradient 0.3 % too long": slightly_too_long,
+    "moves the weights the wrong way": turned_round,
     "does not divide the gradient of the last parameter": last_weight_undivided,
     "does not divide the gradient of the first parameter": first_weight_undivided,
 }
@@ -92,12 +98,16 @@ QUESTION = Question(
 )
 
 
-def checks_with(make_optimizer, sizes=(4, 4, 4), same=False, lr=0.5, agree=torch.allclose, kept=slice(None)):
+def checks_with(
+    make_optimizer, sizes=(4, 4, 4), same=False, lr=0.5, agree=torch.allclose, kept=slice(None), first=None
+):
     """Make a test like the reference one, with one thing changed."""
 
     def is_right(step):
         torch.manual_seed(1)
         model = nn.Linear(3, 3)
+        for parameter in model.parameters() if first is not None else ():
+            nn.init.constant_(parameter, first)
         twin = copy.deepcopy(model)
         micro_batches = [(torch.randn(size, 3), torch.randint(3, (size,))) for size in sizes]
         if same:
@@ -152,6 +162,10 @@ one_parameter_alone = mistake(
 last_parameter_alone = mistake(
     "A step passes that is wrong in its first parameter alone; compare all parameters of the model."
 )(checks_with(SGD, kept=slice(-1, None)))
+
+lengths_compared = mistake(
+    "A step passes that moves the weights the wrong way; compare them number by number, not their lengths alone."
+)(checks_with(SGD, first=0.0, agree=lambda one, other: torch.allclose(one.norm(), other.norm())))
 
 as_many_samples_as_steps = mistake(
     "A step that divides by the samples passes: there are as many samples in a micro-batch as micro-batches in your "

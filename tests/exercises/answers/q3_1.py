@@ -108,6 +108,16 @@ def pops_the_window(model, micro_batches):
         (cross_entropy(model(inputs), targets) / k).backward()
 
 
+def clips(model, micro_batches):
+    sums_backwards_and_clears_first(model, micro_batches)
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
+
+def divides_by_two_at_least(model, micro_batches):
+    for inputs, targets in micro_batches:
+        (cross_entropy(model(inputs), targets) / max(2, len(micro_batches))).backward()
+
+
 def undivided_in_one_backward(model, micro_batches):
     sum(cross_entropy(model(inputs), targets) for inputs, targets in micro_batches).backward()
 
@@ -129,6 +139,8 @@ WRONG = [
     leaves_eval_on,
     switches_gradients_off,
     pops_the_window,
+    clips,
+    divides_by_two_at_least,
     lambda model, micro_batches: mean_so_far(model, micro_batches[:5]),
 ]
 NAMED = [

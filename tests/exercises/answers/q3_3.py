@@ -106,6 +106,7 @@ WRONG = [
     compares(torch.allclose, count=1),
     compares(lambda one, other: (one - other).norm() < 1e-2 * other.norm()),
     compares(lambda one, other: cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.9999),
+    compares(lambda one, other: (one.norm() - other.norm()).abs() < 1e-6),
     counts_its_calls(),
     reads_the_name,
 ]
