@@ -190,7 +190,7 @@ def test_a_failure_leaves_nothing_half_done(course, monkeypatch, capsys):
 
     readme, project, lesson = course / "README.md", course / "pyproject.toml", course / launch.FIRST
     for path, old, new, told in (
-        (readme, launch.END, "", "README.md has lost the lines"),
+        (readme, launch.END, "", "README.md has lost two of its lines"),
         (project, "[project.optional-dependencies]\n", "[project.optional-dependencies] # x\n", "in an unknown way"),
         (lesson, "# Start here", "# Begin here", "cell 'promise' has another source: make the notebooks first"),
     ):

@@ -383,7 +383,12 @@ def set_address(given: str) -> int:
         for path in sources().values():
             files[made_from(path)] = laid_out(with_outputs(path, shown))
         write_all(files)
-    except (SourceError, launch.AddressError, OSError) as error:
+    except (
+        SourceError,
+        launch.AddressError,
+        overview.OverviewError,
+        OSError,
+    ) as error:
         launch.ADDRESS = old
         print(f"Nothing was changed. {error}", file=sys.stderr)
         return 1
