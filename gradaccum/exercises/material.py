@@ -216,6 +216,45 @@ def used(number: int, train: Callable[..., object]) -> list[list[int]]:
     return updates
 
 
+def epoch_of_windows(case: dict[str, Any], answer: Callable[..., Any]) -> dict[str, Any]:
+    """Return what each step gets in an epoch of answer(model, optimizer, schedule, windows, max_norm), and its result.
+
+    The weights change a little after each step, whatever the step did: a loss that is taken before or after its time is
+    another one, and at a rate of 0 a wrong gradient spoils nothing but itself.
+    """
+    torch.default_generator.manual_seed(case["seed"])
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3)).double()  # nothing saturates: large inputs, long gradients
+    windows = [samples([case["size"]] * length, case["seed"] + i) for i, length in enumerate(case["windows"])]
+    for factor, window in zip(case["inputs times"], windows, strict=True):
+        window[:] = [(factor * inputs, targets) for inputs, targets in window]
+    optimizer = torch.optim.SGD(model.parameters(), lr=case["lr"])
+    gradients, rates = dict[str, list[float]](), list[float]()
+
+    def note(*_: object) -> None:  # after the step and not before it: a closure makes the gradients in the step
+        gradients[f"at update {len(rates) + 1} the gradient"] = gradient(model)
+        rates.append(optimizer.param_groups[0]["lr"])
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter *= 0.9
+
+    optimizer.register_step_post_hook(note)
+    found = scheduled(answer, model, optimizer, windows, case["max_norm"])
+    numbers = found if isinstance(found, list) else []
+    return {
+        "gradients": gradients,
+        # The next rate too: it shows whether the schedule went on after the last update.
+        "rates": {"learning rates": [*rates, optimizer.param_groups[0]["lr"]]},
+        "losses": {"logged": [*map(plain_number, numbers)] or plain_number(found)},
+        "graphs": ["graph" if getattr(each, "requires_grad", False) else "no graph" for each in numbers],
+    }
+
+
+def scheduled(answer: Callable[..., Any], model: nn.Module, optimizer: torch.optim.Optimizer, *more: object) -> Any:
+    """Call answer(model, optimizer, schedule, *more), and return what it gives, a generator's values as a list."""
+    found = answer(model, optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5), *more)
+    return list(found) if hasattr(found, "__iter__") else found
+
+
 # lesson 5
 
 

@@ -1,6 +1,6 @@
 """4.1: a stream of micro-batches in lists of k."""
 
-from itertools import islice
+from itertools import islice, zip_longest
 
 from gradaccum.exercises import material
 from gradaccum.exercises.question import Property, Question, mistake
@@ -9,17 +9,23 @@ from gradaccum.exercises.questions import lesson_04
 
 def lists_made(answer, case):
     """Collect the lists before reading them: each has to be there for good. No more than `most`: it may never end."""
-    found = answer(material.stream(range(case["number"]), case["source"]), case["k"])
+    found = answer(material.stream(case["micro_batches"], case["source"]), case["k"])
     lists = [each for _, each in zip(range(case["most"]), found, strict=False)]
-    return [list(each) if isinstance(each, list | tuple) else f"a {type(each).__name__}" for each in lists]
+    found = [list(each) if isinstance(each, list | tuple) else f"a {type(each).__name__}" for each in lists]
+    return found if len(found) < 100 else [len(found), *found[-3:]]
 
 
 def right_lists(case):
-    return lesson_04.right_lists(range(case["number"]), case["k"])
+    return lesson_04.right_lists(case["micro_batches"], case["k"])
 
 
 def full_lists(case):
     return [each for each in right_lists(case) if len(each) == case["k"]]
+
+
+def expected_full_lists(case):
+    found = full_lists(case)
+    return found if len(found) < 100 else [len(found), *found[-3:]]
 
 
 def numbers_read(answer, case):
@@ -28,32 +34,56 @@ def numbers_read(answer, case):
     return [len(read) for _ in zip(range(3), answer(source, case["k"]), strict=False)]
 
 
-def streams(right, more, *rows):
+def streams(right, more, rows):
     """Make cases that ask for as many lists as there are, and some more to see whether it ends."""
 
     def cases(draw):
-        made = [{"number": number, "k": k, "source": source} for number, k, source in rows]
+        made = [{"micro_batches": list(stream), "source": source, "k": k} for stream, source, k in rows(draw)]
         return [case | {"most": len(right(case)) + more} for case in made]
 
     return cases
 
 
-EVEN = streams(full_lists, 0, (6, 3, "list"), (4, 2, "generator"), (5, 1, "generator"), (7000, 2, "generator"))
-UNEVEN = streams(right_lists, 2, (7, 3, "list"), (6, 3, "list"), (3, 4, "list"), (0, 2, "list"), (3, 1, "list"))
-STREAM = "{number} micro-batches, numbered from 0, given as {source}; k = {k}"
+def even(draw):
+    """Number the micro-batches from 0, which no truth test may take for the end; None is one as good as any."""
+    for k in (draw.randrange(2, 5), draw.randrange(5, 8)):
+        yield range(k * draw.randrange(2, 4)), "list", k
+    yield [7, 8, None, 9, 0, 6, "", [], -1, False], "generator", 2
+    yield range(3500), "generator", 1
+
+
+def uneven(draw):
+    k = draw.randrange(4, 7)
+    for number in (k + 2, 2 * k, k - 1, 2 * k + 1, 1, 0):
+        yield range(number), "list", k
+    yield range(3), "list", 1
+
+
+STREAM = "micro-batches {micro_batches}, given as {source}; k = {k}"
 QUESTION = Question(
     "A stream in windows",
     (
         Property(
-            "full lists hold k each, in order, from a list or a generator", 1, EVEN, lists_made, full_lists, STREAM
+            "full lists hold k each, in order, from a list or a generator",
+            1,
+            streams(full_lists, 0, even),
+            lists_made,
+            expected_full_lists,
+            STREAM,
         ),
         Property(
-            "what is left makes a last, shorter list, and no list is empty", 1, UNEVEN, lists_made, right_lists, STREAM
+            "what is left makes a last, shorter list, and no list is empty",
+            1,
+            streams(right_lists, 2, uneven),
+            lists_made,
+            right_lists,
+            STREAM,
         ),
         Property(
             "nothing is read beyond the list that is yielded",
             1,
-            lambda draw: [{"number": 500, "k": k} for k in (3, 1, 8)],  # long enough to stand for endless
+            # long enough to stand for endless
+            lambda draw: [{"number": 500, "k": k} for k in (draw.randrange(2, 5), 1, draw.randrange(5, 9))],
             numbers_read,
             lambda case: [n * case["k"] for n in (1, 2, 3)],
             "a generator of {number} micro-batches, k = {k}; how many had been read when each of the first lists came",
@@ -62,7 +92,7 @@ QUESTION = Question(
 )
 
 
-def filled(begin=1, yield_rest=bool):
+def filled(begin=1, yield_rest=bool, renewed=lambda window: []):
     """Make the loop that fills a list, with one thing changed."""
 
     def group(micro_batches, k):
@@ -71,20 +101,37 @@ def filled(begin=1, yield_rest=bool):
             window.append(micro_batch)
             if number % k == 0:
                 yield window
-                window = []
+                window = renewed(window)
         if yield_rest(window):
             yield window
 
     return group
 
 
+def emptied(window):
+    window.clear()
+    return window
+
+
+SAME_LIST = "The same list comes each time, with new contents; make a new one each time."
 drops_the_last = mistake("What is left over at the end is dropped; it makes one more list, a shorter one.")(
     filled(yield_rest=lambda window: False)
 )
-
 empty_at_the_end = mistake(
     "Where nothing is left over, an empty list comes last; yield the rest only if there is one."
 )(filled(yield_rest=lambda window: True))
+first_alone = mistake("The first list is one micro-batch, as with `step % k == 0`; a list is full when it holds k.")(
+    filled(begin=0)
+)
+cleared_after = mistake(SAME_LIST)(filled(renewed=emptied))
+
+
+@mistake(SAME_LIST)
+def the_same_list(micro_batches, k):
+    window = []
+    for each in filled()(micro_batches, k):
+        window[:] = each
+        yield window
 
 
 @mistake("Empty lists follow without end; stop when there is nothing left to read.")
@@ -94,22 +141,75 @@ def never_ends(micro_batches, k):
         yield list(islice(source, k))
 
 
-first_alone = mistake("The first list is one micro-batch, as with `step % k == 0`; a list is full when it holds k.")(
-    filled(begin=0)
-)
-
-
 @mistake("Slices and `len` need a list, and a generator has neither; take from `iter` instead.")
 def slices(micro_batches, k):
     return [micro_batches[start : start + k] for start in range(0, len(micro_batches), k)]
 
 
-@mistake("The same list comes each time, with new contents; make a new one each time.")
-def the_same_list(micro_batches, k):
-    window = []
-    for each in filled()(micro_batches, k):
-        window[:] = each
+@mistake("A generator cannot be sliced or indexed; take from `iter(micro_batches)` instead.")
+def sliced(micro_batches, k):
+    while micro_batches:
+        yield micro_batches[:k]
+        micro_batches = micro_batches[k:]
+
+
+@mistake(
+    "The first list of a list's comes again and again: each islice(micro_batches, k) begins to read anew; make "
+    "`stream = iter(micro_batches)` once, and take from that."
+)
+def begins_again(micro_batches, k):
+    while window := list(islice(micro_batches, k)):
         yield window
+
+
+@mistake("A micro-batch that counts as false, such as 0 or None, is taken for the end; it may be anything.")
+def falsy_ends(micro_batches, k):
+    stream = iter(micro_batches)
+    while first := next(stream, None):
+        yield [first, *islice(stream, k - 1)]
+
+
+@mistake(
+    "A micro-batch that is None is taken for the end; it may be anything, so let the loop end by itself, or compare "
+    "with an `object()` of your own."
+)
+def none_ends(micro_batches, k):
+    stream = iter(micro_batches)
+    while (first := next(stream, None)) is not None:
+        yield [first, *islice(stream, k - 1)]
+
+
+@mistake(
+    "A micro-batch that is None is left out, as if it filled up the last list; it may be anything, so fill up with an "
+    "`object()` of your own."
+)
+def none_left_out(micro_batches, k):
+    for filled_up in zip_longest(*[iter(micro_batches)] * k):
+        yield [each for each in filled_up if each is not None]
+
+
+@mistake("What comes is islice's iterator, which is always true and reads later; make a list of it: list(islice(...)).")
+def islice_itself(micro_batches, k):
+    stream = iter(micro_batches)
+    while window := islice(stream, k):
+        yield window
+
+
+@mistake(
+    "At the end of the stream next() raises StopIteration, which a generator must not let out; islice stops by itself."
+)
+def next_raises(micro_batches, k):
+    stream = iter(micro_batches)
+    while True:
+        yield [next(stream) for _ in range(k)]
+
+
+@mistake("Each list is made by a call inside the last one's, and Python allows about 1,000; use a loop.")
+def calls_itself(micro_batches, k):
+    stream = iter(micro_batches)
+    if window := list(islice(stream, k)):
+        yield window
+        yield from calls_itself.answer(stream, k)
 
 
 @mistake("The whole stream is read before the first list comes; read k of it, yield them, go on.")

@@ -5,7 +5,7 @@ from torch.nn.functional import cross_entropy
 from gradaccum.exercises import material
 from gradaccum.exercises.question import Property, Question, mistake
 from gradaccum.exercises.questions import lesson_04
-from gradaccum.exercises.questions.lesson_04 import EPOCH, TRAIN, table  # noqa: F401 - EPOCH holds mistakes
+from gradaccum.exercises.questions.lesson_04 import EPOCH, TRAIN, drawn  # noqa: F401 - EPOCH holds mistakes
 
 
 def epochs_trained(answer, case):
@@ -19,32 +19,38 @@ def epochs_trained(answer, case):
 def epoch_peak(answer, case):
     import torch
 
-    model, micro_batches = material.classifier(case["seed"]), material.samples([64] * case["number"], case["seed"])
+    model = material.classifier(case["seed"])
+    micro_batches = material.samples([case["size"]] * case["number"], case["seed"])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     return material.peak_beyond_start(lambda: answer(model, optimizer, micro_batches, case["k"]), model, micro_batches)
 
 
 def one_at_a_time(case):
     """Twice what the plain loop holds beyond its start: a whole window's graph holds many times as much."""
-    return 2 * epoch_peak(lesson_04.by_number(lesson_04.ends), case)
+    return 2 * epoch_peak(lesson_04.by_number(), case)
 
 
-ONE = table("number k epochs", (3, 3, 1), (8, 4, 1), (6, 2, 1), (3, 1, 1))
-PARTIAL = table("number k epochs", (2, 3, 1), (7, 3, 1), (3, 4, 1), (5, 2, 1), (9, 5, 1))
-TWO = table("number k epochs", (3, 2, 2), (4, 2, 2), (7, 4, 2))
-LARGE = table("number k epochs size", (5, 4, 1, 64))
+def even(draw):
+    for k, windows in (3, 2), (draw.randrange(4, 7), 1), (2, draw.randrange(2, 4)), (1, 2):
+        yield k * windows, k, 1
+
+
+def twice(draw):
+    yield from lesson_04.partial(draw, epochs=2)
+
+
 FULL = "full windows train as their large batches would"
 RIGHT = epochs_trained, lesson_04.large_batches, TRAIN
 QUESTION = Question(
     "One epoch",
     (
-        Property(FULL, 1, ONE, *RIGHT),
-        Property(lesson_04.SHORTER, 1, PARTIAL, *RIGHT),
-        Property("a second epoch starts afresh", 1, TWO, *RIGHT),
+        Property(FULL, 1, drawn(even), *RIGHT),
+        Property(lesson_04.SHORTER, 1, drawn(lesson_04.partial), *RIGHT),
+        Property("a second epoch starts afresh", 1, drawn(twice), *RIGHT),
         Property(
             lesson_04.PEAK,
             1,
-            LARGE,
+            lambda draw: [{"number": 9, "k": 8, "epochs": 1, "size": 64, "seed": draw.randrange(10**6)}],
             epoch_peak,
             one_at_a_time,
             TRAIN,

@@ -9,32 +9,7 @@ from gradaccum.exercises.questions import lesson_04
 
 
 def epoch_seen(answer, case):
-    """An epoch, as the optimizer and the caller see it: what each step gets, and what comes back."""
-    import torch
-
-    model, size, seed = material.classifier(case["seed"]), case["size"], case["seed"]
-    windows = [material.samples([size] * length, seed + i) for i, length in enumerate(case["windows"])]
-    optimizer = torch.optim.SGD(model.parameters(), lr=case["lr"])
-    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
-    gradients, rates = {}, []
-
-    def note(*_):  # after the step and not before it: a closure makes the gradients in the step
-        gradients[f"at update {len(rates) + 1} the gradient"] = material.gradient(model)
-        rates.append(optimizer.param_groups[0]["lr"])
-
-    optimizer.register_step_post_hook(note)
-    found = answer(model, optimizer, schedule, windows, case["max_norm"])
-    found = list(found) if hasattr(found, "__iter__") else found
-    one_by_one = found if isinstance(found, list) else []
-    seen = {
-        "gradients": gradients,
-        # The next rate too: it shows whether the schedule went on after the last update.
-        "rates": {"learning rates": [*rates, optimizer.param_groups[0]["lr"]]},
-        "losses": {"logged": [*map(material.plain_number, one_by_one)] or material.plain_number(found)},
-        "graphs": ["graph" if getattr(each, "requires_grad", False) else "no graph" for each in one_by_one],
-        "updates": {"updates": len(rates), "gradients left": any(material.gradient(model))},
-    }
-    return seen[case["what"]]
+    return material.epoch_of_windows(case, answer)[case["what"]]
 
 
 def on_large_batches(model, optimizer, schedule, windows, max_norm):
@@ -48,36 +23,52 @@ def on_large_batches(model, optimizer, schedule, windows, max_norm):
         yield loss.item()
 
 
+def windows_drawn(draw):
+    """Draw windows whose gradients are longer than max_norm, and one, shorter; the last window is shorter too."""
+    for lengths in ([3, 3, draw.randrange(1, 3)], [2, 2, 2]):
+        drawn = {"windows": lengths, "size": draw.randrange(1, 5), "seed": draw.randrange(10**6)}
+        yield drawn | {"inputs times": draw.sample([16, 16, 0.1], 3), "max_norm": draw.randrange(120, 180) / 100}
+
+
+def about(what, name, lr=0.0):
+    """Make a property of one of the things that are seen."""
+    tried = "windows of {windows} micro-batches, each of size {size}, max_norm {max_norm}"
+
+    def cases(draw):
+        return [case | {"what": what, "lr": lr} for case in windows_drawn(draw)]
+
+    return Property(name, 1, cases, epoch_seen, lambda case: epoch_seen(on_large_batches, case), tried)
+
+
+def updates_used(answer, case):
+    """List which micro-batches each update uses, in two epochs: they may be cleared before a window or after it."""
+
+    def train(model, optimizer, micro_batches):
+        rest = iter(micro_batches)
+        windows = [[next(rest) for _ in range(length)] for length in case["windows"]]
+        for _ in range(2):
+            material.scheduled(answer, model, optimizer, windows, 1.0)
+
+    return material.used(sum(case["windows"]), train)
+
+
+def right_updates(case):
+    numbers = iter(range(1, sum(case["windows"]) + 1))
+    return [[next(numbers) for _ in range(length)] for length in case["windows"]] * 2
+
+
 def epoch_peak(answer, case):
     import torch
 
-    model, micro_batches = material.classifier(case["seed"]), material.samples([64] * 5, case["seed"])
+    model, windows = material.classifier(case["seed"]), [material.samples([64] * k, case["seed"]) for k in (8, 1)]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
-
-    def train():
-        found = answer(model, optimizer, schedule, [micro_batches[:4], micro_batches[4:]], 1.0)
-        if hasattr(found, "__iter__"):
-            list(found)  # it may be a generator
-
-    return material.peak_beyond_start(train, model, micro_batches)
+    return material.peak_beyond_start(
+        lambda: material.scheduled(answer, model, optimizer, windows, 1.0), model, windows
+    )
 
 
 def one_at_a_time(case):
     return 2 * epoch_peak(trains(), case)
-
-
-# Where the rate is 0, and in a single window, no fault of one window reaches the next.
-STILL = ([3, 3], 4, 0.05, 0.0), ([4, 4, 1], 2, 100.0, 0.0), ([2, 2, 2, 1], 1, 0.1, 0.0), ([1, 1], 3, 0.2, 0.0)
-ALONE = ([3], 4, 0.2, 0.5), ([1], 3, 0.1, 0.5)
-MOVING = ([3, 3], 4, 0.05, 0.5), ([4, 4, 1], 2, 100.0, 0.5), ([1, 1], 3, 0.2, 0.5)
-
-
-def about(what, points, name, *rows):
-    """Make a property of one of the things that are seen."""
-    cases = lesson_04.table("windows size max_norm lr what", *[(*row, what) for row in rows])
-    tried = "windows of {windows} micro-batches, each of size {size}, max_norm {max_norm}"
-    return Property(name, points, cases, epoch_seen, lambda case: epoch_seen(on_large_batches, case), tried)
 
 
 def train_windows(model, optimizer, schedule, windows, max_norm):
@@ -98,18 +89,25 @@ def train_windows(model, optimizer, schedule, windows, max_norm):
 QUESTION = Question(
     "Repair: once per update",
     (
-        about("gradients", 1, "each step gets the window's whole gradient, clipped once", *STILL),
-        about("rates", 1, "the schedule moves on once for each update", *MOVING),
-        about("losses", 1, "what is logged is the mean loss over each window", *STILL, *ALONE),
-        about("graphs", 1, "nothing that is logged holds a graph", *STILL),
-        about("updates", 0, "there is one step for each window, and the gradients are cleared", *MOVING),
+        about("gradients", "each step gets the window's whole gradient, clipped once"),
+        about("rates", "the schedule moves on once for each update", lr=0.5),
+        about("losses", "what is logged is the mean loss over each window"),
+        about("graphs", "nothing that is logged holds a graph"),
+        Property(
+            "there is one step for each window, and the gradients are cleared",
+            0,
+            lambda draw: [{"windows": [2, 2, 1]}, {"windows": [draw.randrange(1, 4), 3]}],
+            updates_used,
+            right_updates,
+            "windows of {windows} micro-batches, two epochs; which micro-batches each update used",
+        ),
         Property(
             lesson_04.PEAK,
             0,
             lambda draw: [{"seed": draw.randrange(10**6)}],
             epoch_peak,
             one_at_a_time,
-            "windows of 4 and 1 micro-batches, each of size 64",
+            "windows of 8 and 1 micro-batches, each of size 64",
             judge=material.at_most_bytes,
             by_value=False,
         ),
@@ -118,29 +116,36 @@ QUESTION = Question(
 )
 
 
-def trains(write=lambda shares, _: sum(shares).item(), divisor=len, clips="window", moves="window"):
+def clip_to_norm(model, max_norm):
+    nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+
+
+def trains(
+    write=lambda shares, _: sum(shares).item(),
+    divisor=len,
+    clip=clip_to_norm,
+    inside="",
+    after="clip step clear schedule",
+    last="",
+):
     """Make the loop with one thing changed; `write` makes of a window's divided losses what is logged."""
 
     def train(model, optimizer, schedule, windows, max_norm):
-        losses = []
+        losses, steps = [], {"step": optimizer.step, "clear": optimizer.zero_grad, "schedule": schedule.step}
+
+        def do(names):
+            for name in names.split():
+                clip(model, max_norm) if name == "clip" else steps[name]()
+
         for window in windows:
             shares = []
             for inputs, targets in window:
                 shares.append(cross_entropy(model(inputs), targets) / divisor(window))
                 shares[-1].backward()
-                if clips == "micro-batch":
-                    nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-                if moves == "micro-batch":
-                    schedule.step()
-            if clips == "window":
-                nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            if moves == "window":
-                schedule.step()
+                do(inside)
+            do(after)
             losses.append(write(shares, losses))
-        if moves == "epoch":
-            schedule.step()
+        do(last)
         return losses
 
     return train
@@ -149,46 +154,61 @@ def trains(write=lambda shares, _: sum(shares).item(), divisor=len, clips="windo
 clipped_inside = mistake(
     "Clipping after each micro-batch cuts the sum again and again, so its direction is wrong even where its norm is "
     "right; clip once, when the window's gradient is complete."
-)(trains(clips="micro-batch"))
-
+)(trains(inside="clip", after="step clear schedule"))
 not_clipped = mistake(
     "The step gets a gradient that was not clipped; clip after the last backward() of the window, and before the step."
-)(trains(clips="never"))
-
+)(trains(after="step clear schedule"))
+clipped_to_one = mistake("Each gradient is clipped to 1.0, whatever max_norm is; give max_norm to clip_grad_norm_.")(
+    trains(clip=lambda model, _: clip_to_norm(model, 1.0))
+)
+clipped_by_value = mistake("Each number of the gradient is cut by itself; clip_grad_norm_ shortens all of it as one.")(
+    trains(clip=lambda model, max_norm: nn.utils.clip_grad_value_(model.parameters(), max_norm))
+)
 schedule_inside = mistake("The schedule moves on with each micro-batch, so it runs too fast; step it once per update.")(
-    trains(moves="micro-batch")
+    trains(inside="schedule", after="clip step clear")
 )
-
+schedule_before = mistake(
+    "The schedule moves on before the update, so the first update has the second rate; step it after optimizer.step()."
+)(trains(after="clip schedule step clear"))
 schedule_at_the_end = mistake("The schedule moves on once for the whole epoch; step it once for each update.")(
-    trains(moves="epoch")
+    trains(after="clip step clear", last="schedule")
 )
-
-schedule_stands = mistake("The schedule never moves on; step it once for each update.")(trains(moves="never"))
-
+schedule_stands = mistake("The schedule never moves on; step it once for each update.")(trains(after="clip step clear"))
+logged_as_given = mistake(
+    "What is logged is still the last micro-batch's share alone, with its graph; add up `.item()` of all."
+)(trains(lambda shares, _: shares[-1]))
 last_share = mistake("This is only the last micro-batch's loss, divided by the window's length; add up those of all.")(
     trains(lambda shares, _: shares[-1].item())
 )
-
 last_loss = mistake("This is the loss of the last micro-batch alone; the window's is the mean over all of them.")(
     trains(lambda shares, _: shares[-1].item() * len(shares))
 )
-
 divided_again = mistake("The losses are divided by the window's length twice; they have been divided, so add them up.")(
     trains(lambda shares, _: sum(shares).item() / len(shares))
 )
-
 never_divided = mistake("This is the sum of the micro-batches' mean losses instead of their mean; divide once.")(
     trains(lambda shares, _: sum(shares).item() * len(shares))
 )
-
 keeps_the_graph = mistake(
     "The loss is right, but holds its graph as long as it is kept; log `.item()` or `.detach()`."
 )(trains(lambda shares, _: sum(shares)))
-
 added_on = mistake("The sum is never set back, so each window's loss contains those before; start each window at 0.")(
     trains(lambda shares, losses: sum(shares).item() + sum(losses[-1:]))
 )
-
 division_removed = mistake("The gradients are not divided any more, so they are too large; that part was right.")(
     trains(lambda shares, _: sum(shares).item() / len(shares), divisor=lambda window: 1)
 )
+clearing_removed = mistake(
+    "The gradients are not cleared any more, so each update contains those before it; that part was right."
+)(trains(after="clip step schedule"))
+
+
+@mistake("There is a number for each micro-batch; one for each window is asked for, the mean over it.")
+def one_for_each(*given):
+    return [share.item() for shares in trains(lambda shares, _: shares)(*given) for share in shares]
+
+
+@mistake("One number comes back; one for each window is asked for, in a list.")
+def mean_of_all(*given):
+    losses = trains()(*given)
+    return sum(losses) / len(losses)

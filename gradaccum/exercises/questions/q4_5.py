@@ -13,19 +13,33 @@ def counted(case):
     return float(len(lesson_04.right_updates(case)))
 
 
-def about(name, *rows):
-    cases = lesson_04.table("number k epochs", *rows)
-    return Property(name, 1, cases, answered, counted, "{number} micro-batches, k = {k}, epochs: {epochs}")
+def even(draw):
+    for k in (draw.randrange(2, 6), draw.randrange(10, 30)):
+        yield k * draw.randrange(2, 9), k, draw.randrange(2, 9)
+    yield draw.randrange(5, 9), 1, 4
+    yield 6, 6, 1
+
+
+def shorter(draw):
+    """Let one be left, all but one, about half, and less than a window in all."""
+    k = draw.randrange(4, 9)
+    yield draw.randrange(2, 6) * k + 1, k, draw.randrange(2, 9)
+    yield draw.randrange(2, 6) * k - 1, k, draw.randrange(2, 9)
+    yield 2 * k + k // 2, k, 3
+    yield k - 1, k, draw.randrange(5, 20)
+    yield 1000 * draw.randrange(2, 9) + 1, 1000, 1
+
+
+def about(name, rows):
+    tried = "{number} micro-batches, k = {k}, epochs: {epochs}"
+    return Property(name, 1, lesson_04.drawn(rows), answered, counted, tried)
 
 
 QUESTION = Question(
     "How many updates",
     (
-        about("the updates, where the windows come out even", (8, 4, 3), (12, 3, 2), (5, 1, 4), (60, 20, 7), (6, 6, 1)),
-        about(
-            "the updates, where an epoch's last window is shorter",
-            *[(7, 4, 3), (3, 4, 10), (11, 5, 6), (101, 10, 4), (2001, 1000, 1)],
-        ),
+        about("the updates, where the windows come out even", even),
+        about("the updates, where an epoch's last window is shorter", shorter),
     ),
     forbidden=lesson_04.BUT_WINDOWS,
 )
@@ -69,3 +83,23 @@ def one_epoch(n, k, epochs):
 @mistake("Updates are whole; round up, for each epoch.")
 def not_rounded(n, k, epochs):
     return n / k * epochs
+
+
+@mistake("Rounding to the nearest leaves out a shorter window of less than half; every one makes an update: round up.")
+def to_the_nearest(n, k, epochs):
+    return round(n / k) * epochs
+
+
+@mistake("A shorter window counts only where it is an epoch's only one; every one makes an update: round up.")
+def at_least_one(n, k, epochs):
+    return max(1, n // k) * epochs
+
+
+@mistake("The shorter window is counted by its micro-batches; it makes one update.")
+def remainder_added(n, k, epochs):
+    return (n // k + n % k) * epochs
+
+
+@mistake("The epochs are added; each makes as many updates as the first, so multiply.")
+def epochs_added(n, k, epochs):
+    return -(-n // k) + epochs
