@@ -165,8 +165,8 @@ def test_every_guess_opens_its_answer_by_keyboard_and_by_mouse(notebook):
         if number == 0:
             counts = notebook.counts()
             page.keyboard.press("Shift+Enter")
-            expect(notebook.output(revealed[name])).to_contain_text(f"You said {guess}. Measured:")
             notebook.wait_for_run(revealed[name], counts)
+            expect(notebook.output(revealed[name])).to_contain_text(f"You said {guess}. Measured:")
             assert notebook.counts()[cell] == counts[cell], "the question was asked again"
             notebook.select(cell)
             page.keyboard.press("Control+Enter")  # this asks again, and must not take the guess away
@@ -224,7 +224,7 @@ def ask(notebook, cell):
     notebook.select(cell)
     notebook.page.keyboard.press("Control+Enter")
     views = notebook.output(cell, ".gradaccum-view[data-named]")
-    expect(views).to_have_count(1 + (cell == "two"))
+    expect(views).to_have_count(1 + (cell == "two"), timeout=30_000)  # a page's first view brings its code along
     return views, views.locator("input"), views.locator("button")
 
 
