@@ -28,7 +28,7 @@ Batch = tuple[Tensor, Tensor]
 
 def classifier(seed: int) -> nn.Sequential:
     """Make a model that takes samples of 3 numbers to the logits of 3 classes."""
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3)).double()
 
 
@@ -46,7 +46,7 @@ def samples(sizes: Sequence[int], seed: int, scale: float = 1.0) -> list[Batch]:
 
 def token_model(seed: int, vocabulary: int = 7, width: int = 4) -> nn.Sequential:
     """Make the lesson's model on a few tokens."""
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     return embedding_linear(vocabulary, width).double()
 
 
@@ -235,7 +235,7 @@ def epoch_of_windows(case: dict[str, Any], answer: Callable[..., Any]) -> dict[s
         rates.append(optimizer.param_groups[0]["lr"])
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter *= 0.9
+                parameter.mul_(0.9)
 
     optimizer.register_step_post_hook(note)
     found = scheduled(answer, model, optimizer, windows, case["max_norm"])
