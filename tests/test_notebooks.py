@@ -19,10 +19,12 @@ import launch
 import nbformat
 import psutil
 import pytest
+import torch
 from ipykernel.kernelspec import KERNEL_NAME, get_kernel_dict
 from jupyter_client import KernelManager
 from nbval.kernel import CURRENT_ENV_KERNEL_NAME, NbvalKernelspecManager
 from nbval.plugin import coalesce_streams
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradaccum import exercises
 
@@ -289,6 +291,28 @@ def peak_megabytes(process):
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1000
 
 
+def slowness():
+    """How many times slower than the machine that the limits are for: there lesson 6 took 12.0 s, and this 0.375 s.
+
+    Where the same commit took 18.8 s, this took 0.585 s: one fixed piece of what lessons do, small operations that
+    Python looks at. A limit in bare seconds says more about the machine than about the lesson.
+    """
+
+    class Looking(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    layer, rows, threads = torch.nn.Linear(64, 64), torch.ones(64, 64), torch.get_num_threads()
+    torch.set_num_threads(1)
+    begin = time.process_time()
+    with Looking():
+        for _ in range(1500):
+            layer(rows).relu().sum().backward()
+            layer.zero_grad()
+    torch.set_num_threads(threads)
+    return (time.process_time() - begin) / 0.375
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="pins the kernel and reads its memory as Linux tells it")
 @pytest.mark.parametrize(
@@ -319,7 +343,8 @@ def test_time_memory_and_the_same_outputs(lesson, cores, threads, seconds, proce
     how = f"{cores} core(s), {threads} thread(s) {processor or ''}"
     print(f"{lesson.stem} on {how}: {took:.1f} s, {computed:.1f} s computing, {peak:.0f} MB")
     assert_as_stored(lesson.code, fresh.cells, how)
-    assert min(took, computed) <= seconds  # where others share the cores, the wait is not the lesson's
+    used = min(took, computed)  # where others share the cores, the wait is not the lesson's
+    assert used <= seconds or used <= seconds * slowness()
     assert peak <= 900
 
 
