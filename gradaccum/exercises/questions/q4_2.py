@@ -63,9 +63,9 @@ QUESTION = Question(
 
 
 @mistake(
-    "The updates are right, but more than one micro-batch's activations are held at a time: by one backward for a "
-    "window, by joining its micro-batches, by retain_graph=True, or by a list of losses or outputs that have their "
-    "graphs; call backward for each micro-batch and keep nothing of it."
+    "More than one micro-batch's activations are held at a time: by one backward for a window, by joining its "
+    "micro-batches, by retain_graph=True, or by a list of losses or outputs that have their graphs; call backward for "
+    "each micro-batch and keep nothing of it."
 )
 def joined_windows(model, optimizer, micro_batches, k):
     for inputs, targets in map(material.joined, lesson_04.right_lists(micro_batches, k)):
