@@ -6,16 +6,20 @@ Everything that belongs to an update (clip, step, schedule, clear) stays in the 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from numbers import Integral, Real
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from gradaccum import refusals
+from gradaccum.refusals import Model
 
 MicroBatch = TypeVar("MicroBatch")
+Sums: TypeAlias = Tensor | Mapping[str, Tensor]
+Count: TypeAlias = int | float | Tensor
+Counts: TypeAlias = Count | Mapping[str, Count]
 
 
 class Windows(Generic[MicroBatch]):
@@ -29,6 +33,7 @@ class Windows(Generic[MicroBatch]):
         stream = iter(self._micro_batches)
         while window := list(islice(stream, self._accumulation_steps)):
             yield window
+            del window  # or it would be alive while the next one is read
 
     def __len__(self) -> int:
         """Count the windows; a TypeError where the micro-batches themselves have no length."""
@@ -48,6 +53,8 @@ def windows(micro_batches: Iterable[MicroBatch], accumulation_steps: int) -> Win
 
     Returns:
         An iterable of lists. It has a `len` (the number of updates, rounded up) if `micro_batches` has one.
+        It lets go of a list before it reads the next one; a loop that ends with `del window` does too, and then
+        the inputs of one window are held, not of two.
 
     Raises:
         TypeError: `accumulation_steps` is not an int, or `micro_batches` cannot be iterated.
@@ -75,19 +82,44 @@ def windows(micro_batches: Iterable[MicroBatch], accumulation_steps: int) -> Win
 
 
 class Accumulated(NamedTuple):
-    """What `accumulate` returns: the window's mean loss (detached, a scalar tensor) and its number of items."""
+    """What `accumulate` returns.
+
+    Attributes:
+        loss: the window's mean loss, detached, a tensor of shape (); with several losses, their sum.
+        count: N, the items in it; with several losses, a dict of them.
+        losses: with several losses, each one's mean, detached; a key that counts nothing is absent. Else None.
+    """
 
     loss: Tensor
-    count: int | float  # type: ignore[assignment]  # it hides tuple.count, which has no use here
+    count: int | float | dict[str, int | float]  # type: ignore[assignment]  # it hides tuple.count, of no use here
+    losses: dict[str, Tensor] | None = None
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss of some micro-batch is infinite or NaN; raised by `accumulate(..., nonfinite="raise")`.
+
+    Attributes:
+        micro_batches: the indices of those micro-batches in the window.
+    """
+
+    def __init__(self, micro_batches: Sequence[int]) -> None:
+        super().__init__(list(micro_batches))
+        self.micro_batches = list(micro_batches)
+
+    def __str__(self) -> str:
+        which = "micro-batch" + "es" * (len(self.micro_batches) > 1)
+        listed = ", ".join(map(str, self.micro_batches))
+        return f"The loss of {which} {listed} is not finite: leave out what is at fault and call accumulate again."
 
 
 def accumulate(
-    model: nn.Module,
+    model: Model,
     window: Iterable[MicroBatch],
-    loss_sum: Callable[[MicroBatch], Tensor],
-    count: Callable[[MicroBatch], int | float | Tensor],
+    loss_sum: Callable[[MicroBatch], Sums],
+    count: Callable[[MicroBatch], Counts],
     *,
     scaler: torch.amp.GradScaler | None = None,
+    nonfinite: str = "pass",
 ) -> Accumulated:
     """Leave in `.grad` the gradient of the mean loss over the window, holding one micro-batch's activations.
 
@@ -95,26 +127,45 @@ def accumulate(
     alone by a forward that remembers nothing, divided by a number known beforehand. There the cut matters by rounding
     only; dividing by the number of micro-batches instead needs equal counts too (huggingface/transformers#34191).
     Elsewhere (BatchNorm in training, negatives or weights taken from the batch) the result is the gradient of the
-    window as it was cut. It never steps, clips, schedules or clears, and it is for one process.
+    window as it was cut: `check_split` says whether a loss may be cut. It never steps, clips, schedules or clears,
+    and it is for one process.
 
     Args:
-        model: the module that holds every parameter the loss trains. Each `.grad` must be None.
+        model: the module that holds every parameter the loss trains, or a list or tuple of modules (two towers; a
+            loss with parameters of its own). Each `.grad` must be None.
         window: the micro-batches of one update, whatever `loss_sum` and `count` take.
-        loss_sum: gives the **sum** of a micro-batch's losses, a tensor of shape () with a graph.
-        count: gives the number of items in that sum (samples, target tokens), an int or a tensor of shape ().
+        loss_sum: returns the **sum** of a micro-batch's losses, a tensor of shape () with a graph. Move the inputs to
+            the device in it: then one micro-batch of them is there, not a window.
+        count: returns the number of items in that sum (samples, target tokens), an int or a tensor of shape ().
             Tensors are read together: an accelerator is waited for once per window.
-        scaler: a GradScaler whose `scale` is applied to each loss. Call `unscale_`, `step` and `update` yourself.
+            Losses with denominators of their own: both return dicts with the same keys. Each sum is divided by its own
+            total, and the loss is what they add up to; a factor between them belongs into the sums. A key that counts
+            nothing in the whole window is left out.
+        scaler: a GradScaler whose `scale` is applied to each loss. Call `unscale_`, `step` and `update` yourself, in
+            this order and with clipping after `unscale_`.
+        nonfinite: "pass" lets an infinite or NaN loss through, into every `.grad`; "raise" raises `NonFiniteLoss`
+            after the last backward, and waits for the device once more. A finite loss whose gradient is not finite is
+            found by neither.
 
     Returns:
-        `Accumulated(loss, count)`: the window's mean loss, detached and unscaled, and N, the items in it.
+        `Accumulated(loss, count, losses)`: the window's mean loss, detached and unscaled, N, and None for one loss.
 
     Raises:
         ValueError, TypeError: before the first forward, if the window is empty, the model has nothing to train,
             a `.grad` is not None, or a count is not a number, negative, not finite, or zero over the window;
-            when it is seen, if a loss is not a scalar tensor with a graph.
+            when it is seen, if a loss is not a scalar tensor with a graph; at the end, if no parameter has a gradient.
+        NotImplementedError: before the first forward, if several processes train together.
+        NonFiniteLoss: a loss is not finite, with `nonfinite="raise"`.
+        RuntimeError: after the first backward of a model's first window, if a hook has taken a `.grad` away, as an
+            optimizer in the backward pass does (LOMO, GaLore by layer): its step has been made.
         Exception: whatever `loss_sum` raises passes through (running out of memory too).
             After every error each `.grad` is None, so that the same window can be tried in smaller pieces
-            (after the `except` block, which holds the failed graph while it runs).
+            (after the `except` block, which holds the failed graph while it runs). Buffers (BatchNorm's) and the
+            random state are not put back.
+
+    Warns:
+        UserWarning: once a model, before the first forward, for a window of two or more with BatchNorm in training,
+            and for so many micro-batches that gradients of 16 bits lose the small ones.
 
     Example:
         >>> model = torch.nn.Linear(1, 1, bias=False)
@@ -122,86 +173,67 @@ def accumulate(
         >>> result = accumulate(model, window, loss_sum=lambda x: model(x).sum(), count=len)
         >>> result.count, model.weight.grad.item()  # 3 items; the mean of 1, 2 and 6
         (3, 3.0)
+
+        A micro-batch whose loss is not finite is left out; the mean is then over what is kept:
+
+        >>> model.zero_grad()
+        >>> window.append(torch.tensor([[math.inf]]))
+        >>> try:
+        ...     result = accumulate(model, window, lambda x: model(x).sum(), len, nonfinite="raise")
+        ... except NonFiniteLoss as error:
+        ...     kept = [each for index, each in enumerate(window) if index not in error.micro_batches]
+        ...     result = accumulate(model, kept, lambda x: model(x).sum(), len)
+        >>> result.count, model.weight.grad.item()
+        (3, 3.0)
     """
     window = list(window)
-    _refuse_unless_ready(model, window)
-    total = _total_count([count(micro_batch) for micro_batch in window])
-    losses: list[Tensor] = []
-    try:
-        for index, micro_batch in enumerate(window):
-            loss = loss_sum(micro_batch)
-            _refuse_unless_scalar_with_graph(loss, index)
-            loss = loss / total
-            (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
-            losses.append(loss.detach())
-            del loss  # so that nothing of this graph is alive during the next forward
-        mean = torch.stack(losses)
-        mean = mean.sum(dtype=torch.promote_types(mean.dtype, torch.float32))
-    except BaseException:  # an interrupt too: half a window's gradient must not reach an optimizer
-        for parameter in model.parameters():
-            parameter.grad = None
-        raise
-    return Accumulated(mean, total)
-
-
-def _refuse_unless_ready(model: nn.Module, window: Sequence[Any]) -> None:
+    modules = refusals.modules_of(model)
+    if nonfinite not in ("pass", "raise"):
+        raise ValueError(f"nonfinite must be 'pass' or 'raise', but {nonfinite!r} was given.")
     if not window:
         raise ValueError("The window is empty: give accumulate at least one micro-batch.")
-    trainable = False
-    for name, parameter in model.named_parameters():
-        trainable = trainable or parameter.requires_grad
-        if parameter.grad is not None:
-            raise ValueError(f"Parameter {name!r} has a .grad: call optimizer.zero_grad(set_to_none=True) first.")
-    if not trainable:
-        raise ValueError(f"The model ({type(model).__name__}) has no trainable parameter: set requires_grad on some.")
-
-
-def _total_count(counts: Sequence[Any]) -> int | float:
-    """Add up the counts, reading all the tensors among them in one transfer."""
-    if all(type(value) is int and value > 0 for value in counts):  # the usual case, spared the slower checks
-        return int(sum(counts))
-    for index, value in enumerate(counts):
-        if not _is_number(value):
-            given = f"{value!r} ({type(value).__name__})"
-            if isinstance(value, Tensor):
-                given = f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
-            raise TypeError(
-                "count must return the number of items as an int or a tensor of shape (), "
-                f"but for micro-batch {index} it returned {given}."
-            )
-    tensors = [value for value in counts if isinstance(value, Tensor)]
-    read = iter(torch.stack(tensors).tolist() if tensors else [])
-    numbers = [next(read) if isinstance(value, Tensor) else value for value in counts]
-    for index, number in enumerate(numbers):
-        if not 0 <= number < math.inf:  # a NaN fails this too
+    parameters = refusals.trainable_and_clear(modules)
+    refusals.refuse_several_processes(modules)
+    counts, totals = refusals.counts_and_totals([count(micro_batch) for micro_batch in window])
+    refusals.warn_of_batch_statistics(modules, len(window))
+    refusals.warn_of_sixteen_bits(modules, parameters, len(window))
+    first_window = refusals.is_new(modules)
+    losses: dict[Any, list[Tensor]] = {key: [] for key, total in totals.items() if total}
+    try:
+        for index, micro_batch in enumerate(window):
+            parts = refusals.sums_of(loss_sum(micro_batch), counts[index], index)
+            parts = {key: parts[key] / totals[key] for key in losses}
+            loss = next(iter(parts.values())) if len(parts) == 1 else torch.stack(list(parts.values())).sum()
+            for key in parts:
+                losses[key].append(parts[key].detach())
+            del parts
+            if loss.requires_grad:  # a micro-batch that counts nothing may have no graph
+                loss = loss if scaler is None else scaler.scale(loss)
+                if index == 0 and first_window:
+                    with refusals.no_gradient_is_taken_away(parameters):
+                        loss.backward()  # type: ignore[no-untyped-call]
+                else:
+                    loss.backward()  # type: ignore[no-untyped-call]
+            del loss  # so that nothing of this graph is alive during the next forward
+        if all(parameter.grad is None for parameter in parameters):
             raise ValueError(
-                f"count must return a finite number of at least 0, but for micro-batch {index} it returned {number}."
+                "No parameter of the model got a gradient: give accumulate the modules that loss_sum trains."
             )
-    total = sum(numbers)
-    if total == 0:
-        raise ValueError(
-            f"count returned 0 for all {len(numbers)} micro-batches: skip this window, its mean has no gradient."
-        )
-    return int(total) if isinstance(total, Integral) else float(total)
+        if nonfinite == "raise":
+            finite = torch.stack([torch.stack(each).isfinite() for each in losses.values()]).all(dim=0)
+            if bad := [index for index, good in enumerate(finite.tolist()) if not good]:
+                raise NonFiniteLoss(bad)
+        means = {key: _mean(torch.stack(each)) for key, each in losses.items()}
+    except BaseException:  # an interrupt too: half a window's gradient must not reach an optimizer
+        for module in modules:
+            for parameter in module.parameters():
+                parameter.grad = None
+        raise
+    refusals.SEEN.update(modules)
+    if None in totals:
+        return Accumulated(means[None], totals[None])
+    return Accumulated(torch.stack(list(means.values())).sum(), totals, means)
 
 
-def _is_number(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value.ndim == 0 and value.dtype != torch.bool and not value.is_complex()
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _refuse_unless_scalar_with_graph(loss: Any, index: int) -> None:
-    if not isinstance(loss, Tensor):
-        given = f"the {type(loss).__name__} {loss!r}"
-        raise TypeError(f"loss_sum must return a scalar tensor, but for micro-batch {index} it returned {given}.")
-    if loss.ndim != 0:
-        raise ValueError(
-            f"loss_sum must return the sum of the losses, a tensor of shape (), but for micro-batch {index} "
-            f"it returned shape {tuple(loss.shape)}: use reduction='sum' or .sum()."
-        )
-    if not loss.requires_grad:
-        raise ValueError(
-            f"loss_sum returned a loss without a graph for micro-batch {index}: compute it from the model's output, "
-            "without torch.no_grad(), .detach() or .item()."
-        )
+def _mean(losses: Tensor) -> Tensor:
+    return losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32))

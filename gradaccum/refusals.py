@@ -1,0 +1,251 @@
+"""What `accumulate` refuses and what it warns of: each a sentence for whoever made the mistake."""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from numbers import Integral, Real
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+Model: TypeAlias = nn.Module | Sequence[nn.Module]
+
+
+def modules_of(model: Model) -> list[nn.Module]:
+    """Return `model` as a list; a TypeError or ValueError for what is no module, or for none."""
+    modules: list[Any] = list(model) if isinstance(model, list | tuple) else [model]
+    for module in modules:
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                f"model must be a module, or a list or tuple of modules, but {type(module).__name__} was given."
+            )
+    if not modules:
+        raise ValueError("model is an empty list: give at least one module.")
+    return modules
+
+
+def named(modules: Sequence[nn.Module], members: str) -> dict[str, Tensor]:
+    """Return the modules' "parameters" or "buffers" by name, each tensor once; of several modules as `0.weight`."""
+    found, seen = {}, set()
+    for index, module in enumerate(modules):
+        for name, tensor in getattr(module, f"named_{members}")():
+            if tensor not in seen:  # by identity: a tensor's hash
+                seen.add(tensor)
+                found[name if len(modules) == 1 else f"{index}.{name}"] = tensor
+    return found
+
+
+def trainable_and_clear(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """Return the trainable parameters; a ValueError if there are none, or if some parameter has a `.grad`."""
+    trainable = {}
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            if parameter.grad is not None:
+                raise ValueError(
+                    f"Parameter {name!r} of {type(module).__name__} has a .grad, left by an earlier window, by "
+                    "another loss or model whose backward reaches it, or by a validation: "
+                    "call optimizer.zero_grad(set_to_none=True) first."
+                )
+            if parameter.requires_grad:
+                trainable[id(parameter)] = parameter  # towers may share it
+    if not trainable:
+        kinds = ", ".join(type(module).__name__ for module in modules)
+        raise ValueError(f"The model ({kinds}) has no trainable parameter: set requires_grad on some.")
+    return list(trainable.values())
+
+
+def refuse_several_processes(modules: Sequence[nn.Module], *, wrapped_only: bool = False) -> None:
+    """Raise NotImplementedError for DDP, FSDP and FSDP2, and unless `wrapped_only`, for any model of several ranks."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return
+    wrappers: tuple[type, ...] = (nn.parallel.DistributedDataParallel,)
+    if sharding := sys.modules.get("torch.distributed.fsdp"):  # it is slow to import, and is if a model is sharded
+        wrappers += (sharding.FullyShardedDataParallel, sharding.FSDPModule)
+    for outer in modules:
+        for module in outer.modules():
+            if isinstance(module, nn.parallel.DistributedDataParallel) and module.process_group.size() == 1:
+                return
+            if isinstance(module, wrappers):
+                kind = next(wrapper.__name__ for wrapper in wrappers if isinstance(module, wrapper))
+                raise NotImplementedError(
+                    f"The model is wrapped in {kind}, which sends and averages gradients between "
+                    f"{distributed.get_world_size()} processes, and this is for one process: count over all of them "
+                    "and scale the losses in a loop of your own."
+                )
+    if not wrapped_only:
+        raise NotImplementedError(
+            f"{distributed.get_world_size()} processes train together, and accumulate is for one: it would count "
+            "this process's items only."
+        )
+
+
+SEEN: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # a window of theirs went well
+
+
+def is_new(modules: Sequence[nn.Module]) -> bool:
+    """Return whether some module has not been through a window yet."""
+    return any(module not in SEEN for module in modules)
+
+
+@contextmanager
+def no_gradient_is_taken_away(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Raise if a hook clears the `.grad` that this backward makes, as an optimizer that steps in it must."""
+    arrived: set[nn.Parameter] = set()
+    handles = [
+        parameter.register_post_accumulate_grad_hook(arrived.add)  # type: ignore[no-untyped-call]
+        for parameter in parameters
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    # At the end, not in our hook: LOMO takes a gradient when the next one arrives.
+    if taken := [parameter for parameter in arrived if parameter.grad is None]:
+        raise RuntimeError(
+            f"A hook took away {len(taken)} gradients during the backward of the first micro-batch, as an optimizer "
+            "that steps in the backward pass does; its weights have made one step already: "
+            "remove these hooks and step after accumulate."
+        )
+
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_WARNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_WARNED_OF_BITS: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def batch_norms(modules: Sequence[nn.Module]) -> dict[str, nn.Module]:
+    """Return, by name, each BatchNorm that now normalizes with the statistics of what it is given."""
+    return {
+        name: module
+        for outer in modules
+        for name, module in outer.named_modules()
+        if isinstance(module, BATCH_NORMS) and (module.training or not module.track_running_stats)
+    }
+
+
+def warn_of_batch_statistics(modules: Sequence[nn.Module], micro_batches: int) -> None:
+    """Warn once a model that BatchNorm sees micro-batches, where there are several."""
+    fresh = [module for module in modules if module not in _WARNED]
+    if micro_batches == 1 or not fresh or not (found := batch_norms(fresh)):
+        return
+    _WARNED.update(fresh)
+    warnings.warn(
+        f"BatchNorm ({next(iter(found))!r}) normalizes each micro-batch by its own statistics, so the gradient is not "
+        f"the one batch's, and its running statistics move {micro_batches} times: gradaccum.check_split measures by "
+        "how much. To accept it: warnings.filterwarnings('ignore', 'BatchNorm').",
+        stacklevel=3,
+    )
+
+
+def warn_of_sixteen_bits(modules: Sequence[nn.Module], parameters: Sequence[nn.Parameter], micro_batches: int) -> None:
+    """Warn once a model if the last micro-batches are lost in the rounding of the sum."""
+    if micro_batches < 64 or all(module in _WARNED_OF_BITS for module in modules):
+        return
+    for parameter in parameters:
+        dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype
+        if micro_batches * torch.finfo(dtype).eps >= 0.5:  # the last one is but 4 times what rounding takes off
+            _WARNED_OF_BITS.update(modules)
+            warnings.warn(
+                f"Gradients of {dtype} add up {micro_batches} micro-batches and lose the small ones: set "
+                "parameter.grad_dtype = torch.float32 on each, or use fewer.",
+                stacklevel=3,
+            )
+            return
+
+
+def counts_and_totals(counts: Sequence[Any]) -> tuple[list[dict[Any, Any]], dict[Any, int | float]]:
+    """Return the counts of each micro-batch and of the window, by key; the key is None where there is one loss.
+
+    All the tensors among them are read in one transfer.
+    """
+    if all(type(value) is int and value > 0 for value in counts):  # the usual case, spared the slower checks
+        return [{None: value} for value in counts], {None: int(sum(counts))}
+    keys = list(counts[0]) if isinstance(counts[0], Mapping) else [None]
+    if not keys:
+        raise ValueError("count returned an empty dict: give each loss a key.")
+    table: list[list[Any]] = []  # micro-batch by key
+    for index, value in enumerate(counts):
+        if isinstance(value, Mapping) != isinstance(counts[0], Mapping):
+            raise TypeError(f"count must return a dict for every micro-batch or for none, but {index} is unlike 0.")
+        if isinstance(value, Mapping) and value.keys() != counts[0].keys():
+            raise ValueError(
+                f"count must return the same keys for every micro-batch, but for {index} it returned "
+                f"{list(value)} and for 0 {keys}: return 0 for a loss without items."
+            )
+        table.append([value[key] for key in keys] if isinstance(value, Mapping) else [value])
+    for index, row in enumerate(table):
+        for value in row:
+            if not _is_number(value):
+                given = f"{value!r} ({type(value).__name__})"
+                if isinstance(value, Tensor):
+                    given = f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
+                raise TypeError(
+                    "count must return the number of items as an int or a tensor of shape (), "
+                    f"but for micro-batch {index} it returned {given}."
+                )
+    tensors = [value for row in table for value in row if isinstance(value, Tensor)]
+    read = iter(torch.stack(tensors).tolist() if tensors else [])
+    numbers = [[next(read) if isinstance(value, Tensor) else value for value in row] for row in table]
+    for index, number in ((index, number) for index, row in enumerate(numbers) for number in row):
+        if not 0 <= number < math.inf:  # a NaN fails this too
+            raise ValueError(
+                f"count must return a finite number of at least 0, but for micro-batch {index} it returned {number}."
+            )
+    of_each = [dict(zip(keys, row, strict=True)) for row in numbers]
+    totals = {key: sum(each[key] for each in of_each) for key in keys}
+    if not any(totals.values()):
+        raise ValueError(
+            f"count returned 0 for all {len(counts)} micro-batches: skip this window, its mean has no gradient."
+        )
+    return of_each, {key: int(total) if isinstance(total, Integral) else float(total) for key, total in totals.items()}
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.ndim == 0 and value.dtype != torch.bool and not value.is_complex()
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def sums_of(given: Any, counted: Mapping[Any, Any], index: int) -> dict[Any, Tensor]:
+    """Return a micro-batch's losses by key, or refuse them."""
+    if None in counted and not isinstance(given, Mapping):
+        refuse_unless_scalar_with_graph(given, f"micro-batch {index}")
+        return {None: given}
+    if None in counted or not isinstance(given, Mapping):
+        raise TypeError(
+            f"loss_sum and count must both return dicts or neither, but for micro-batch {index} loss_sum returned "
+            f"a {type(given).__name__}."
+        )
+    if given.keys() != counted.keys():
+        raise ValueError(
+            f"loss_sum and count must return the same keys, but for micro-batch {index} they returned "
+            f"{list(given)} and {list(counted)}."
+        )
+    for key, value in given.items():
+        refuse_unless_scalar_with_graph(value, f"micro-batch {index}, {key!r}", graph=counted[key] > 0)
+    return dict(given)
+
+
+def refuse_unless_scalar_with_graph(loss: Any, where: str, *, name: str = "loss_sum", graph: bool = True) -> None:
+    """Raise TypeError or ValueError unless `loss` is a tensor of shape () with a graph."""
+    if not isinstance(loss, Tensor):
+        given = f"the {type(loss).__name__} {loss!r}"
+        raise TypeError(f"{name} must return a scalar tensor, but for {where} it returned {given}.")
+    if loss.ndim != 0:
+        raise ValueError(
+            f"{name} must return a tensor of shape (), but for {where} it returned shape {tuple(loss.shape)}: "
+            "use a reduction or .sum()."
+        )
+    if graph and not loss.requires_grad:
+        raise ValueError(
+            f"{name} returned a loss without a graph for {where}: compute it from the model's output, "
+            "without torch.no_grad(), .detach() or .item()."
+        )
