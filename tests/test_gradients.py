@@ -1,9 +1,11 @@
 """`relative_error` and `full_batch_gradient`: what the other tests and the exercises call "equal"."""
 
 import math
-from collections import namedtuple
+import random
+from collections import UserDict, namedtuple
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -71,23 +73,39 @@ def test_float64_on_request_equals_autograd_by_hand(grad_dtype):
         model.weight.grad_dtype = grad_dtype
     before = [(parameter.dtype, parameter.grad_dtype) for parameter in model.parameters()]
     x, scale, labels = torch.randn(4, 3), torch.rand(4, 1), torch.tensor([0, 1, 1, 0])
-    window = [Pair(x[i:j], {"list": [(scale[i:j], "text")], "labels": labels[i:j]}) for i, j in ((0, 3), (3, 4))]
+    given = UserDict(rest=Pair(x, {"list": [(scale, "text")], "labels": labels}))
+    weights = torch.tensor([0.25, 4.0])  # the loss's own, in float32
 
-    def loss_sum(batch):
-        assert type(batch) is Pair
-        (weight, text), kept = batch.rest["list"][0], batch.rest["labels"]
-        assert (batch.x.dtype, weight.dtype, kept.dtype, text) == (torch.float64, torch.float64, torch.int64, "text")
-        return cross_entropy(model(batch.x) * weight, kept, reduction="sum")
+    def loss(batch):
+        assert (type(batch), type(batch["rest"])) == (UserDict, Pair)
+        x, rest = batch["rest"]
+        (scale, text), kept = rest["list"][0], rest["labels"]
+        assert (x.dtype, scale.dtype, kept.dtype, text) == (torch.float64, torch.float64, torch.int64, "text")
+        logits = model(x.float()) * scale  # and asked for by the loss, as Llama's norm does
+        assert logits.dtype == torch.zeros(1).dtype == torch.float64
+        return cross_entropy(logits, kept, weights)
 
     with torch.no_grad():  # a graph is made whatever mode the caller is in
-        actual = full_batch_gradient(model, iter(window), loss_sum, lambda b: len(b.x), dtype=torch.float64)
+        actual = full_batch_gradient(model, given, loss, dtype=torch.float64)
     exact = nn.Linear(3, 2).double()
     exact.load_state_dict(model.state_dict())
-    loss = cross_entropy(exact(x.double()) * scale.double(), labels)  # one batch, one mean
+    mean = cross_entropy(exact(x.double()) * scale.double(), labels, weights.double())
     assert [gradient.dtype for gradient in actual] == [torch.float64] * 2
-    assert relative_error(actual, torch.autograd.grad(loss, list(exact.parameters()))) < 1e-14
+    assert relative_error(actual, torch.autograd.grad(mean, list(exact.parameters()))) < 1e-14
     assert [(parameter.dtype, parameter.grad_dtype) for parameter in model.parameters()] == before
-    assert window[0].x.dtype == torch.float32
+    assert (given["rest"].x.dtype, torch.get_default_dtype()) == (torch.float32, torch.float32)
+
+
+def test_a_number_that_is_changed_in_place_stays_what_it_is():
+    model, seen = nn.Linear(2, 1), torch.zeros(2)
+
+    def loss(x):
+        seen.add_(x.mean(0))  # the caller's own tensor, in float32
+        seen[0] = 7.0
+        return model(x).mean()
+
+    full_batch_gradient(model, torch.ones(3, 2), loss, dtype=torch.float64)
+    assert (seen.dtype, seen.tolist()) == (torch.float32, [7.0, 1.0])
 
 
 class Noisy(nn.Module):
@@ -112,8 +130,8 @@ def test_full_batch_gradient_leaves_everything_as_it_was(dtype, training, fails)
     torch.manual_seed(0)
     model = Noisy().train(training)
     model.layers[0].weight.grad = torch.ones(8, 3)
-    window = [torch.randn(4, 3), torch.randn(2, 3)]
-    live = model(window[0]).square().sum()  # a graph of the caller's, alive all the while
+    batch = torch.randn(6, 3)
+    live = model(batch).square().sum()  # a graph of the caller's, alive all the while
 
     def state():
         tensors = [*model.named_parameters(), *model.named_buffers()]
@@ -121,19 +139,23 @@ def test_full_batch_gradient_leaves_everything_as_it_was(dtype, training, fails)
             [(name, id(t), t.data_ptr(), t.dtype, t.requires_grad, t.tolist()) for name, t in tensors],
             [id(parameter.grad) for parameter in model.parameters()],
             [module.training for module in model.modules()],
-            torch.get_rng_state().tolist(),
+            (torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())),
+            torch.get_default_dtype(),
         ]
 
-    def loss_sum(x):
-        loss = model(x).square().sum()
-        if fails and x.shape[0] == 2:
+    def loss(x):
+        mean = model(x).square().mean() * (1 + random.random() + np.random.rand())
+        model.train(not training)
+        model.layers[0].weight.grad = None
+        model.layers[3].weight.data.zero_()
+        if fails:
             raise KeyError("mine")
-        return loss
+        return mean
 
     before, results = state(), []
     for _ in range(2):
         with pytest.raises(KeyError, match="mine") if fails else nullcontext():
-            results.append(full_batch_gradient(model, iter(window), loss_sum, len, dtype=dtype))
+            results.append(full_batch_gradient(model, batch, loss, dtype=dtype))
         assert state() == before
     if not fails:
         without = [name for (name, _), found in zip(model.named_parameters(), results[0], strict=True) if found is None]
@@ -143,8 +165,36 @@ def test_full_batch_gradient_leaves_everything_as_it_was(dtype, training, fails)
     assert model.layers[0].weight.grad.dtype == torch.float32
 
 
-def test_full_batch_gradient_refuses_a_window_of_nothing():
+def test_the_form_with_a_window_is_refused_in_a_sentence():
     model = nn.Linear(1, 1)
-    for window, given in (([], "0 micro-batches"), ([torch.ones(0, 1)], "1 micro-batches")):
-        with pytest.raises(ValueError, match=given):
-            full_batch_gradient(model, window, lambda x: model(x).sum(), len)
+    for arguments, names in (((len,), {}), ((), {"count": len}), ((len,), {"dtype": torch.float64})):
+        with pytest.raises(TypeError, match=r"one batch and your own loss of it.*full_batch_gradient\(model, batch"):
+            full_batch_gradient(model, [torch.ones(1, 1)], lambda x: model(x).sum(), *arguments, **names)
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "said"),
+    [
+        (lambda model, x: model(x), ValueError, r"shape \(2, 1\)"),
+        (lambda model, x: model(x).sum().item(), TypeError, "loss must return a scalar tensor"),
+        (lambda model, x: model(x).sum().detach(), ValueError, "without a graph"),
+        (lambda model, x: nn.Linear(1, 1)(x).sum(), ValueError, "depends on no trainable parameter"),
+    ],
+)
+def test_full_batch_gradient_refuses(loss, error, said):
+    model = nn.Linear(1, 1)
+    with pytest.raises(error, match=said):
+        full_batch_gradient(model, torch.ones(2, 1), lambda x: loss(model, x))
+
+
+def test_several_modules_and_a_parameter_that_they_share():
+    one, other = nn.Linear(2, 2, bias=False), nn.Linear(2, 2)
+    other.weight = one.weight
+    x = torch.randn(3, 2)
+    found = full_batch_gradient([one, other], x, lambda x: other(one(x)).square().mean())
+    expected = torch.autograd.grad(other(one(x)).square().mean(), [one.weight, other.bias])
+    assert len(found) == 2
+    assert relative_error(found, expected) == 0
+    for model in ([], one.weight, [one, "two"]):
+        with pytest.raises((TypeError, ValueError), match="model"):
+            full_batch_gradient(model, x, len)

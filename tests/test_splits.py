@@ -1,0 +1,513 @@
+"""`check_split`: which losses may be cut, how far off the others are, and when nothing can be told.
+
+Every error is compared with that of two gradients computed here, without the module: the whole batch's, and that of the
+pieces' sums divided by what they count.
+"""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, ctc_loss, l1_loss, mse_loss, normalize, softplus
+
+from gradaccum import accumulate, check_split, relative_error
+
+torch.set_num_threads(1)
+SIZES = [9, 2, 5]
+generator = torch.Generator().manual_seed(0)
+X, Y = torch.randn(16, 8, generator=generator), torch.arange(16) % 5
+SCALED = X * torch.linspace(0.1, 3, 16)[:, None]
+WEIGHTS = torch.tensor([0.1, 4.0, 1.0, 0.5, 2.0])
+POSITIVE = (torch.arange(16) > 10).float()
+
+
+def mlp(*middle):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 6), *(middle or [nn.Tanh()]), nn.Linear(6, 5))
+
+
+def by_items(model, mean, total, count=len, x=X):
+    """The usual form: rows with their classes, and two functions of the logits and the classes."""
+
+    def of(function):
+        return lambda rows: function(model(x[rows]), Y[rows], rows)
+
+    return model, of(mean), of(total), count
+
+
+def classes(logits, targets, rows):
+    return cross_entropy(logits, targets)
+
+
+def classes_sum(logits, targets, rows):
+    return cross_entropy(logits, targets, reduction="sum")
+
+
+def squares(model):
+    return 0.1 * sum(parameter.square().sum() for parameter in model.parameters())
+
+
+def pairs(logits, targets, rows):
+    similar = normalize(logits) @ normalize(X[rows, :5]).T / 0.1
+    return cross_entropy(similar, torch.arange(len(rows)))
+
+
+def dice(logits, targets, rows):
+    share = logits[:, 0].sigmoid()
+    return 1 - (2 * (share * POSITIVE[rows]).sum() + 1) / (share.sum() + POSITIVE[rows].sum() + 1)
+
+
+def balance(logits, targets, rows):
+    return 5 * (logits.softmax(1).mean(0) * (logits.argmax(1, keepdim=True) == torch.arange(5)).float().mean(0)).sum()
+
+
+class Centred(nn.Module):
+    """A forward that remembers: in training it moves the mean that it takes off."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x):
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return x - self.mean
+
+
+class Calls(Centred):
+    """Remembers without using it."""
+
+    def forward(self, x):
+        self.mean = self.mean + 1
+        return x
+
+
+def l2(times):
+    model = mlp()
+    mean = by_items(model, lambda *a: classes(*a) + squares(model), classes_sum)
+    return *mean[:2], lambda rows: mean[2](rows) + squares(model) * (len(rows) if times else 1), len
+
+
+def boxes(counts):
+    """Two losses and two denominators, as detectors have them; `counts` has one of them or both."""
+    model = mlp()
+
+    def parts(rows):
+        out = model(X[rows])
+        return mse_loss(out[:, 0], POSITIVE[rows], reduction="sum"), (
+            l1_loss(out[:, 1:], X[rows, :4], reduction="none").sum(1) * POSITIVE[rows]
+        ).sum()
+
+    def loss(rows):
+        one, other = parts(rows)
+        return one / len(rows) + other / POSITIVE[rows].sum()
+
+    if counts == "one":
+        return model, loss, lambda rows: sum(parts(rows)), len
+    return (
+        model,
+        loss,
+        lambda rows: dict(zip(("class", "box"), parts(rows), strict=True)),
+        lambda rows: {"box": POSITIVE[rows].sum(), "class": len(rows)},
+    )
+
+
+def ctc(divided):
+    """Label lengths differ, and reduction="mean" divides each loss by its own."""
+    torch.manual_seed(0)
+    model, lengths = nn.Linear(8, 5), torch.arange(16) % 3 + 1
+    labels = torch.arange(48).view(16, 3) % 4 + 1
+
+    def losses(rows, reduction):
+        logits = model(torch.stack([X[rows] + step for step in range(7)]))
+        heard = torch.full((len(rows),), 7)
+        return ctc_loss(logits.log_softmax(2), labels[rows], heard, lengths[rows], reduction=reduction)
+
+    return (
+        model,
+        lambda rows: losses(rows, "mean"),
+        lambda rows: (losses(rows, "none") / (lengths[rows] if divided else 1)).sum(),
+        len,
+    )
+
+
+def shifted(label_count):
+    """A causal model's labels: the first of each row is never a target."""
+    torch.manual_seed(0)
+    model, tokens = nn.Sequential(nn.Embedding(7, 6), nn.Linear(6, 7)), torch.arange(16 * 4).view(16, 4) % 7
+
+    def loss(rows, reduction="mean"):
+        lengths = torch.arange(16)[rows] % 3 + 2
+        labels = tokens[rows].masked_fill(torch.arange(4) >= lengths[:, None], -100)
+        return cross_entropy(model(tokens[rows])[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction=reduction)
+
+    less = 0 if label_count else 1
+    return model, loss, lambda rows: loss(rows, "sum"), lambda rows: int((torch.arange(16)[rows] % 3 + 2 - less).sum())
+
+
+def towers():
+    """The loss's own parameters: one proxy for each class."""
+    model, proxies = mlp(), nn.Linear(5, 5, bias=False)
+    return [model, proxies], *by_items(nn.Sequential(model, proxies), classes, classes_sum)[1:]
+
+
+def penalty(over_batch):
+    model = mlp()
+
+    def total(rows):
+        x = X[rows].detach().requires_grad_()
+        (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        term = ((slope.norm() - 1) ** 2) * len(rows) if over_batch else 5 * slope.square().sum()
+        return softplus(-model(x)).sum() + term
+
+    return model, lambda rows: total(rows) / len(rows), total, len
+
+
+RIGHT = {
+    "classes": lambda: by_items(mlp(), classes, classes_sum),
+    "class weights": lambda: by_items(
+        mlp(),
+        lambda logits, y, rows: cross_entropy(logits, y, WEIGHTS),
+        lambda logits, y, rows: cross_entropy(logits, y, WEIGHTS, reduction="sum"),
+        lambda rows: WEIGHTS[Y[rows]].sum(),
+    ),
+    "ctc": lambda: ctc(divided=True),
+    "labels shifted inside": lambda: shifted(label_count=False),
+    "an L2 term, once": lambda: l2(times=True),
+    "two denominators": lambda: boxes("both"),
+    "the loss's own parameters": towers,
+    "a penalty on each gradient": lambda: penalty(over_batch=False),
+    "GroupNorm": lambda: by_items(mlp(nn.GroupNorm(2, 6)), classes, classes_sum),
+    "BatchNorm in eval mode": lambda: by_items(mlp(nn.BatchNorm1d(6).eval()), classes, classes_sum),
+    "dropout twice": lambda: by_items(mlp(nn.Dropout(), nn.Linear(6, 6), nn.Dropout()), classes, classes_sum),
+}
+SUM, FACTOR, SEE, BATCH_NORM = (
+    "the sum or the count is not this loss's",
+    "in the same direction",
+    "see each other",
+    ("BatchNorm ('1') normalizes each micro-batch"),
+)
+WRONG = {
+    "BatchNorm": (lambda: by_items(mlp(nn.BatchNorm1d(6)), classes, classes_sum, x=SCALED), BATCH_NORM),
+    "BatchNorm beside dropout": (
+        lambda: by_items(mlp(nn.BatchNorm1d(6), nn.Dropout()), classes, classes_sum, x=SCALED),
+        BATCH_NORM,
+    ),
+    "BatchNorm without statistics": (
+        lambda: by_items(mlp(nn.BatchNorm1d(6, track_running_stats=False)).eval(), classes, classes_sum, x=SCALED),
+        BATCH_NORM,
+    ),
+    "a mean kept": (lambda: by_items(mlp(Centred(), nn.Tanh()), classes, classes_sum), "see each other"),
+    "negatives from the batch": (
+        lambda: by_items(mlp(), pairs, lambda *a: pairs(*a) * len(a[2])),
+        SEE,
+    ),
+    "Dice over the batch": (lambda: by_items(mlp(), dice, lambda *a: dice(*a) * len(a[2])), SEE),
+    "a balance loss": (
+        lambda: by_items(mlp(), lambda *a: classes(*a) + balance(*a), lambda *a: classes_sum(*a) + balance(*a)),
+        SUM,
+    ),
+    "a balance loss, times the count": (
+        lambda: by_items(
+            mlp(), lambda *a: classes(*a) + balance(*a), lambda *a: classes_sum(*a) + balance(*a) * len(a[2])
+        ),
+        SEE,
+    ),
+    "class weights over items": (
+        lambda: by_items(
+            mlp(),
+            lambda logits, y, rows: cross_entropy(logits, y, WEIGHTS),
+            lambda logits, y, rows: cross_entropy(logits, y, WEIGHTS, reduction="sum"),
+        ),
+        FACTOR,
+    ),
+    "ctc over utterances": (lambda: ctc(divided=False), SUM),
+    "labels before the shift": (lambda: shifted(label_count=True), FACTOR),
+    "an L2 term in each sum": (lambda: l2(times=False), SUM),
+    "one count for two": (lambda: boxes("one"), SUM),
+    "a penalty over the batch": (lambda: penalty(over_batch=True), SEE),
+    "twice the loss": (lambda: by_items(mlp(), classes, lambda *a: 2 * classes_sum(*a)), "2 times that gradient"),
+    "a mean for a sum": (lambda: by_items(mlp(), classes, classes), SUM),
+}
+ROWS = torch.arange(16)
+
+
+def oracle(model, loss, loss_sum, count, pieces):
+    """The relative error of the pieces, by sums written out here."""
+    modules = list(model) if isinstance(model, list) else [model]
+    for module in modules:
+        for one in module.modules():
+            one.training = one.training and not isinstance(one, nn.Dropout)
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    kept = [buffer.clone() for module in modules for buffer in module.buffers()]
+    whole = torch.autograd.grad(loss(ROWS), parameters, allow_unused=True)
+    with torch.no_grad():
+        for buffer, value in zip((b for m in modules for b in m.buffers()), kept, strict=True):
+            buffer.copy_(value)
+    sums, counts = [loss_sum(piece) for piece in pieces], [count(piece) for piece in pieces]
+    if isinstance(sums[0], dict):
+        total = sum(sum(each[key] for each in sums) / sum(each[key] for each in counts) for key in sums[0])
+    else:
+        total = sum(sums) / sum(counts)
+    return relative_error(torch.autograd.grad(total, parameters, allow_unused=True), whole)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+@pytest.mark.parametrize("name", RIGHT)
+def test_what_may_be_cut(name, dtype):
+    model, loss, loss_sum, count = RIGHT[name]()
+    split = check_split(model, ROWS, loss, ROWS.split(SIZES), loss_sum, count, dtype=dtype)
+    assert (split.ok, bool(split), split.buffers) == (True, True, [])
+    assert split.error < (1e-6 if dtype is None else 1e-12)
+    assert str(split) == split.verdict
+    assert split.verdict.startswith("May be cut: 3 pieces")
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_may_not_be_cut(name):
+    build, said = WRONG[name]
+    expected = oracle(*build(), ROWS.split(SIZES))
+    assert expected > 0.003
+    model, loss, loss_sum, count = build()
+    split = check_split(model, ROWS, loss, ROWS.split(SIZES), loss_sum, count)
+    assert (split.ok, bool(split)) == (False, False)
+    assert split.error == pytest.approx(expected, rel=0.001)
+    assert said in split.verdict
+    assert split.verdict.startswith("May not be cut so: ")
+
+
+def test_the_oracle_agrees_where_a_loss_may_be_cut():
+    assert [name for name, build in RIGHT.items() if oracle(*build(), ROWS.split(SIZES)) > 1e-6] == []
+
+
+def test_a_buffer_that_ends_elsewhere_is_named_though_the_gradient_is_equal():
+    model, loss, loss_sum, count = by_items(mlp(Calls(), nn.Tanh()), classes, classes_sum)
+    other = nn.BatchNorm1d(3)  # of no use here, and in training
+    split = check_split([model, other], ROWS, loss, ROWS.split(SIZES), loss_sum, count)
+    assert (split.ok, split.buffers) == (False, ["0.1.mean"])
+    assert split.error < 1e-6
+    assert "a forward remembers: these buffers end elsewhere: 0.1.mean" in split.verdict
+
+
+def test_dropout_is_in_eval_mode_and_said():
+    for middle in (
+        (nn.Dropout(),),
+        (nn.Unflatten(1, (1, 6)), nn.TransformerEncoderLayer(6, 2, 8, batch_first=True), nn.Flatten()),
+    ):
+        model, loss, loss_sum, count = by_items(mlp(*middle), classes, classes_sum)
+        split = check_split(model, ROWS, loss, ROWS.split(SIZES), loss_sum, count)
+        assert split.ok
+        assert "Dropout" in split.verdict
+        assert "in eval mode here" in split.verdict
+
+
+class Noise(nn.Module):
+    """Draws, and in training remembers what it drew."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("last", torch.zeros(()))
+
+    def forward(self, x):
+        if not self.training:
+            return x - x.mean(0)
+        self.last = torch.randn(())
+        return x - x.mean(0) + self.last
+
+
+def noisy(source):
+    model = mlp()
+    return by_items(model, *(lambda z, y, r, f=f: f(z + source(z), y, r) for f in (classes, classes_sum)))
+
+
+def stateful():
+    model, state = mlp(), [torch.zeros(1, 5)]
+
+    def total(rows):
+        logits = model(X[rows]) + state[0]
+        state[0] = logits.detach()[-1:]
+        return cross_entropy(logits, Y[rows], reduction="sum")
+
+    return model, lambda rows: total(rows) / len(rows), total, len
+
+
+def at_the_optimum():
+    model = nn.Linear(8, 1).double()
+    x, y = X.double(), X.double().sum(1, keepdim=True).cos()
+    rows = torch.cat([x, torch.ones(16, 1)], 1)
+    best = torch.linalg.lstsq(rows, y).solution
+    with torch.no_grad():
+        model.weight.copy_(best[:8].T)
+        model.bias.copy_(best[8])
+    return model, *(lambda r, how=how: mse_loss(model(x[r]), y[r], reduction=how) for how in ("mean", "sum")), len
+
+
+def only_float32():
+    """Off by more than rounding, in a dtype that it insists on."""
+
+    class Kernel(torch.autograd.Function):
+        @staticmethod
+        def forward(x):
+            assert x.dtype == torch.float32, "float32 only"
+            return x.clone()
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient
+
+    return by_items(mlp(), lambda *a: classes(Kernel.apply(a[0]), *a[1:]), classes)
+
+
+own = torch.Generator().manual_seed(0)
+CANNOT_TELL = {
+    "noise in the loss": (lambda: noisy(torch.randn_like), "Draw them with the batch"),
+    "Python's random": (lambda: noisy(lambda z: random.random() * Y[: len(z), None] % 3), "Draw them with the batch"),
+    "NumPy's random": (lambda: noisy(lambda z: torch.tensor(np.random.rand(*z.shape)).float()), "Draw them"),
+    "a generator of its own": (lambda: noisy(lambda z: torch.randn(z.shape, generator=own)), "called again"),
+    "a state": (stateful, "called again"),
+    "noise that remembers": (
+        lambda: by_items(mlp(Noise(), nn.Tanh()), classes, classes_sum),
+        "'1' (Noise) draws random numbers and remembers",
+    ),
+    "the optimum": (at_the_optimum, "as small as the rounding of its parts"),
+    "no gradient": (lambda: by_items(mlp(), *[lambda *a: 0 * classes(*a)] * 2), "is 0"),
+    "not finite": (lambda: by_items(mlp(), lambda *a: classes(*a) * torch.inf, classes_sum), "is not finite"),
+    "no float64": (only_float32, "in float64 the loss fails (AssertionError: float32 only)"),
+}
+
+
+@pytest.mark.parametrize("name", CANNOT_TELL)
+def test_when_it_cannot_be_told(name):
+    build, said = CANNOT_TELL[name]
+    model, loss, loss_sum, count = build()
+    split = check_split(model, ROWS, loss, ROWS.split(SIZES), loss_sum, count)
+    assert (split.ok, bool(split)) == (None, False)
+    assert split.verdict.startswith("Cannot tell: ")
+    assert said in split.verdict
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_sixteen_bits_are_compared_in_float64(wrong):
+    model, loss, loss_sum, count = by_items(mlp().bfloat16(), classes, classes_sum, x=X.bfloat16())
+    split = check_split(model, ROWS, loss, ROWS.split(1), loss_sum, (lambda rows: 2) if wrong else count)
+    assert split.ok == (not wrong)
+    assert split.error == pytest.approx(0.5) if wrong else split.error < 1e-12
+    assert ("In torch.bfloat16 rounding makes it" in split.verdict) == (not wrong)
+
+
+def test_rounding_is_no_fault():
+    # At the least squares optimum items cancel: in float32 nothing is left of the gradient but rounding.
+    model, x = at_the_optimum()[0].float(), torch.cat([X, X.sum(1, keepdim=True).cos()], 1)
+
+    def loss(rows, reduction="mean"):
+        return mse_loss(model(rows[:, :8]), rows[:, 8:], reduction=reduction)
+
+    whole = torch.autograd.grad(loss(x), model.weight)
+    pieces = torch.autograd.grad(sum(loss(piece, "sum") for piece in x.split(SIZES)) / 16, model.weight)
+    assert relative_error(pieces, whole) > 1e-3
+    split = check_split(model, x, loss, x.split(SIZES), lambda rows: loss(rows, "sum"), len)
+    assert split.ok
+    assert split.error < 1e-5
+    assert "compared in float64" in split.verdict
+
+
+def test_llamas_norm_in_float32_is_no_fault_in_float64():
+    class Norm(nn.Module):
+        def forward(self, x):
+            wide = x.to(torch.float32)
+            return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+    model, loss, loss_sum, count = by_items(mlp(Norm()).double(), classes, classes_sum, x=X.double())
+    split = check_split(model, ROWS, loss, ROWS.split(SIZES), loss_sum, count)
+    assert split.ok
+    assert split.error < 1e-9
+
+
+def test_pieces_that_are_not_the_batch_and_a_loss_sum_that_cannot_take_it():
+    model, loss, loss_sum, count = by_items(mlp(), classes, classes_sum)
+    split = check_split(model, ROWS, loss, ROWS.split(SIZES)[:2], loss_sum, count)
+    assert "(they count 11, it 16)" in split.verdict
+    model, loss, loss_sum, count = by_items(mlp(), pairs, lambda *a: pairs(*a) * len(a[2]))
+    split = check_split(model, tuple(ROWS), lambda t: loss(torch.stack(t)), ROWS.split(SIZES), loss_sum, count)
+    assert split.verdict.endswith("Items see each other, or a term is no sum over items.")
+
+
+def test_pairs_of_one_have_no_gradient():
+    model, loss, loss_sum, count = by_items(mlp(), pairs, lambda *a: pairs(*a) * len(a[2]))
+    split = check_split(model, ROWS, loss, ROWS.split(1), loss_sum, count)
+    assert split.verdict.endswith("The pieces have no gradient at all.")
+
+
+@pytest.mark.parametrize("fails", ["", "loss", "loss_sum", "count"])
+def test_everything_is_put_back(fails):
+    model = mlp(nn.BatchNorm1d(6), nn.Dropout(), Calls())
+    model[0].weight.grad = torch.ones(6, 8)
+    model[3].eval()
+    _, loss, loss_sum, count = by_items(model, classes, classes_sum)
+
+    def state():
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        return [
+            [(name, id(t), t.data_ptr(), t.tolist()) for name, t in tensors],
+            [(id(parameter.grad), parameter.grad_fn) for parameter in model.parameters()],
+            [(module.training, len(module._forward_hooks)) for module in model.modules()],
+            (torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())),
+            torch.get_default_dtype(),
+        ]
+
+    def failing(function, name):
+        calls = []
+
+        def call(rows):
+            random.random()
+            np.random.rand()
+            calls.append(rows)
+            if fails == name and len(calls) == 2:  # buffers have moved
+                raise KeyError("mine")
+            return function(rows)
+
+        return call
+
+    before, error = state(), None
+    try:
+        check_split(
+            model,
+            ROWS,
+            failing(loss, "loss"),
+            ROWS.split(SIZES),
+            failing(loss_sum, "loss_sum"),
+            failing(count, "count"),
+        )
+    except KeyError as caught:
+        error = caught
+    assert state() == before
+    assert (error is not None) == bool(fails)
+
+
+def test_what_accumulate_refuses_is_refused():
+    model, loss, loss_sum, count = by_items(mlp(), classes, classes_sum)
+    with pytest.raises(ValueError, match="window is empty"):
+        check_split(model, ROWS, loss, [], loss_sum, count)
+    with pytest.raises(ValueError, match="reduction"):
+        check_split(model, ROWS, loss, [ROWS], lambda rows: model(X[rows]), count)
+    with pytest.raises(TypeError, match="model must be a module"):
+        check_split(model.parameters(), ROWS, loss, [ROWS], loss_sum, count)
+
+
+def test_it_agrees_with_what_accumulate_leaves():
+    build, _ = WRONG["negatives from the batch"]
+    model, loss, loss_sum, count = build()
+    split = check_split(model, ROWS, loss, ROWS.split(SIZES), loss_sum, count)
+    accumulate(model, ROWS.split(SIZES), loss_sum, count)
+    found = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    loss(ROWS).backward()
+    assert relative_error(found, [parameter.grad for parameter in model.parameters()]) == pytest.approx(
+        split.error, rel=1e-4
+    )
