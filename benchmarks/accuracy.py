@@ -86,7 +86,7 @@ def measure(
     reference = fresh()
     whole = [characters.batch(lines)]
     expected = full_batch_gradient(
-        reference.model, whole, partial(reference.loss_sum, reference.model), reference.count, dtype=torch.float64
+        reference.model, whole[0], partial(reference.loss_mean, reference.model), dtype=torch.float64
     )
     orders = [random.Random(number).sample(lines, count) for number in range(3)]
     permuted = [relative_error(gradient(PERMUTED, fresh(), [characters.batch(order)]), expected) for order in orders]

@@ -214,9 +214,11 @@ def steps_of(row: Row, sizes: list[int], length: int | None) -> tuple[Any, list[
         data = [sample_of(pair) for pair in data]
     forwards: list[None] = []
 
+    def mean(some: list[Any]) -> Tensor:
+        return sum(task.loss_sum(task.model, each) for each in some) / sum(task.count(each) for each in some)
+
     def right(some: Any) -> Tensor:
-        window = [data[index] for index in sorted(some)]
-        return flat(full_batch_gradient(task.model, window, partial(task.loss_sum, task.model), task.count))
+        return flat(full_batch_gradient(task.model, [data[index] for index in sorted(some)], mean))
 
     alone = torch.stack([right([index]) for index in range(len(data))], dim=1)
     copies: list[tuple[int, Tensor]] = []

@@ -201,12 +201,12 @@ def accumulate(
     losses: dict[Any, list[Tensor]] = {key: [] for key, total in totals.items() if total}
     try:
         for index, micro_batch in enumerate(window):
-            parts = refusals.sums_of(loss_sum(micro_batch), counts[index], index)
-            parts = {key: parts[key] / totals[key] for key in losses}
-            loss = next(iter(parts.values())) if len(parts) == 1 else torch.stack(list(parts.values())).sum()
-            for key in parts:
-                losses[key].append(parts[key].detach())
-            del parts
+            loss = loss_sum(micro_batch)
+            if None in totals and isinstance(loss, Tensor) and loss.ndim == 0 and loss.requires_grad:  # spared a call
+                loss = loss / totals[None]
+                losses[None].append(loss.detach())
+            else:
+                loss = _divided(loss, index, counts[index], totals, losses)
             if loss.requires_grad:  # a micro-batch that counts nothing may have no graph
                 loss = loss if scaler is None else scaler.scale(loss)
                 if index == 0 and first_window:
@@ -233,6 +233,17 @@ def accumulate(
     if None in totals:
         return Accumulated(means[None], totals[None])
     return Accumulated(torch.stack(list(means.values())).sum(), totals, means)
+
+
+def _divided(
+    given: Any, index: int, counts: dict[Any, Any], totals: dict[Any, int | float], losses: dict[Any, list[Tensor]]
+) -> Tensor:
+    """Return a micro-batch's part of a loss of several; each key's part is noted, detached, in `losses`."""
+    sums = refusals.sums_of(given, counts, index)
+    parts = [sums[key] / totals[key] for key in losses]
+    for part, noted in zip(parts, losses.values(), strict=True):
+        noted.append(part.detach())
+    return torch.stack(parts).sum()
 
 
 def _mean(losses: Tensor) -> Tensor:

@@ -134,7 +134,11 @@ def batch_norms(modules: Sequence[nn.Module]) -> dict[str, nn.Module]:
 def warn_of_batch_statistics(modules: Sequence[nn.Module], micro_batches: int) -> None:
     """Warn once a model that BatchNorm sees micro-batches, where there are several."""
     fresh = [module for module in modules if module not in _WARNED]
-    if micro_batches == 1 or not fresh or not (found := batch_norms(fresh)):
+    if micro_batches == 1 or not fresh:
+        return
+    if not (found := batch_norms(fresh)):
+        # A model without any is not searched again; one that has them frozen is.
+        _WARNED.update(one for one in fresh if not any(isinstance(each, BATCH_NORMS) for each in one.modules()))
         return
     _WARNED.update(fresh)
     warnings.warn(
@@ -215,7 +219,7 @@ def _is_number(value: Any) -> bool:
 
 
 def sums_of(given: Any, counted: Mapping[Any, Any], index: int) -> dict[Any, Tensor]:
-    """Return a micro-batch's losses by key, or refuse them."""
+    """Return a micro-batch's dict of losses, or refuse what is no such dict, or no loss."""
     if None in counted and not isinstance(given, Mapping):
         refuse_unless_scalar_with_graph(given, f"micro-batch {index}")
         return {None: given}
