@@ -195,8 +195,10 @@ def accumulate(
     parameters = refusals.trainable_and_clear(modules)
     refusals.refuse_several_processes(modules)
     counts, totals = refusals.counts_and_totals([count(micro_batch) for micro_batch in window])
-    refusals.warn_of_batch_statistics(modules, len(window))
-    refusals.warn_of_sixteen_bits(modules, parameters, len(window))
+    if len(window) > 1:
+        refusals.warn_of_batch_statistics(modules, len(window))
+    if len(window) >= refusals.MANY:
+        refusals.warn_of_sixteen_bits(modules, parameters, len(window))
     first_window = refusals.is_new(modules)
     losses: dict[Any, list[Tensor]] = {key: [] for key, total in totals.items() if total}
     try:
@@ -229,7 +231,8 @@ def accumulate(
             for parameter in module.parameters():
                 parameter.grad = None
         raise
-    refusals.SEEN.update(modules)
+    if first_window:
+        refusals.SEEN.update(modules)
     if None in totals:
         return Accumulated(means[None], totals[None])
     return Accumulated(torch.stack(list(means.values())).sum(), totals, means)

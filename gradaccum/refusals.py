@@ -116,6 +116,7 @@ def no_gradient_is_taken_away(parameters: Sequence[nn.Parameter]) -> Iterator[No
         )
 
 
+MANY = 64  # micro-batches, from which on bfloat16 loses some: half of 1 / eps
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _WARNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _WARNED_OF_BITS: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -132,9 +133,9 @@ def batch_norms(modules: Sequence[nn.Module]) -> dict[str, nn.Module]:
 
 
 def warn_of_batch_statistics(modules: Sequence[nn.Module], micro_batches: int) -> None:
-    """Warn once a model that BatchNorm sees micro-batches, where there are several."""
+    """Warn once a model that BatchNorm sees micro-batches."""
     fresh = [module for module in modules if module not in _WARNED]
-    if micro_batches == 1 or not fresh:
+    if not fresh:
         return
     if not (found := batch_norms(fresh)):
         # A model without any is not searched again; one that has them frozen is.
@@ -151,7 +152,7 @@ def warn_of_batch_statistics(modules: Sequence[nn.Module], micro_batches: int) -
 
 def warn_of_sixteen_bits(modules: Sequence[nn.Module], parameters: Sequence[nn.Parameter], micro_batches: int) -> None:
     """Warn once a model if the last micro-batches are lost in the rounding of the sum."""
-    if micro_batches < 64 or all(module in _WARNED_OF_BITS for module in modules):
+    if all(module in _WARNED_OF_BITS for module in modules):
         return
     for parameter in parameters:
         dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype
