@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from gradaccum import refusals
 from gradaccum.accumulation import Counts, Sums, accumulate
-from gradaccum.gradients import borrowed, convert, gradient_of, random_state, relative_error
+from gradaccum.borrowed import borrowed, convert, gradient_of, random_state
+from gradaccum.gradients import relative_error
 from gradaccum.refusals import Model
 
 Batch = TypeVar("Batch")
