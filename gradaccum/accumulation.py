@@ -204,16 +204,18 @@ def accumulate(
     try:
         for index, micro_batch in enumerate(window):
             loss = loss_sum(micro_batch)
-            if None in totals and isinstance(loss, Tensor) and loss.ndim == 0 and loss.requires_grad:  # spared a call
+            if None in totals and type(loss) is Tensor and loss.ndim == 0 and loss.requires_grad:  # spared a call
                 loss = loss / totals[None]
                 losses[None].append(loss.detach())
             else:
                 loss = _divided(loss, index, counts[index], totals, losses)
             if loss.requires_grad:  # a micro-batch that counts nothing may have no graph
                 loss = loss if scaler is None else scaler.scale(loss)
-                if index == 0 and first_window:
+                if first_window:
                     with refusals.no_gradient_is_taken_away(parameters):
                         loss.backward()  # type: ignore[no-untyped-call]
+                    refusals.SEEN.update(modules)
+                    first_window = False
                 else:
                     loss.backward()  # type: ignore[no-untyped-call]
             del loss  # so that nothing of this graph is alive during the next forward
@@ -231,8 +233,6 @@ def accumulate(
             for parameter in module.parameters():
                 parameter.grad = None
         raise
-    if first_window:
-        refusals.SEEN.update(modules)
     if None in totals:
         return Accumulated(means[None], totals[None])
     return Accumulated(torch.stack(list(means.values())).sum(), totals, means)

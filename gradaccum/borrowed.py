@@ -5,79 +5,128 @@ from __future__ import annotations
 import copy
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections import OrderedDict, UserDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from gradaccum import refusals
 
+_COPIED = {dict, OrderedDict, list, set}
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def refuse_to_borrow(modules: Sequence[nn.Module], dtype: Any) -> None:
+    """Raise for a dtype that nothing is computed in, and for parameters that have no data, or not all of it here."""
+    if dtype is not None and dtype not in FLOATS:
+        raise ValueError(f"dtype must be None or a floating-point type such as torch.float64, but {dtype!r} was given.")
+    refusals.refuse_several_processes(modules, wrapped_only=True)
+    for name, parameter in refusals.named(modules, "parameters").items():
+        if is_lazy(parameter) or parameter.is_meta:
+            raise ValueError(f"Parameter {name!r} has no data yet: run one forward on real tensors first.")
+    refusals.refuse_nothing_to_train(modules)
+
 
 def gradient_of(modules: Sequence[nn.Module], batch: Any, loss: Callable[[Any], Tensor]) -> list[Tensor | None]:
-    """Return the gradient of `loss(batch)`, one tensor or None per parameter."""
+    """Return the gradient of `loss(batch)`, one tensor or None per parameter; for borrowed modules only.
+
+    It calls backward, as a training loop does, and not torch.autograd.grad, under which reentrant checkpointing and
+    hooks on a parameter do nothing.
+    """
+    parameters = refusals.named(modules, "parameters").values()
     with torch.enable_grad():
         value = loss(batch)
-        refusals.refuse_unless_scalar_with_graph(value, "the batch", name="loss")
-        parameters = list(refusals.named(modules, "parameters").values())
-        trainable = [parameter for parameter in parameters if parameter.requires_grad]
-        found = torch.autograd.grad(value, trainable, allow_unused=True) if trainable else ()
+    refusals.refuse_unless_scalar_with_graph(value, "the batch", name="loss")
+    with (
+        others_untouched(value, parameters),
+        refusals.no_gradient_is_taken_away(
+            [each for each in parameters if each.requires_grad], after="these weights are put back"
+        ),
+    ):
+        value.backward()  # type: ignore[no-untyped-call]
+    found = [parameter.grad for parameter in parameters]
     if all(gradient is None for gradient in found):
         raise ValueError("The loss depends on no trainable parameter of the model: give the modules that it uses.")
-    each = iter(found)
-    return [next(each) if parameter.requires_grad else None for parameter in parameters]
+    return found
 
 
 @contextmanager
-def borrowed(modules: Sequence[nn.Module], dtype: torch.dtype | None) -> Iterator[Callable[[], None]]:
+def others_untouched(loss: Tensor, parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Put back the `.grad` of every other tensor that this loss is computed from."""
+    known, nodes, others = set(parameters), [loss.grad_fn], []
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        leaf = getattr(node, "variable", None)  # what a gradient is accumulated in
+        if isinstance(leaf, Tensor) and leaf not in known:
+            others.append((leaf, leaf.grad))
+            leaf.grad = None  # or it would be added to in place
+        for after, _ in node.next_functions if node is not None else ():
+            if after is not None and after not in seen:
+                seen.add(after)
+                nodes.append(after)
+    try:
+        yield
+    finally:
+        for leaf, gradient in others:
+            leaf.grad = gradient
+
+
+@contextmanager
+def borrowed(modules: Sequence[nn.Module], dtype: torch.dtype | None = None) -> Iterator[Callable[[], None]]:
     """Let the modules run on copies of their tensors, converted to `dtype`; give a function that starts afresh.
 
-    Afterwards tensors, `.grad`, modes and the random states (torch's, Python's, NumPy's) are what they were.
+    Afterwards tensors, `.grad`, modes, plain attributes and the random states (torch's, Python's, NumPy's) are what
+    they were.
     """
     parameters = list(refusals.named(modules, "parameters").values())
     saved = {tensor: tensor.data for tensor in [*parameters, *refusals.named(modules, "buffers").values()]}
-    inner = [module for outer in modules for module in outer.modules()]
-    slots = [(module, name, tensor) for module in inner for name, tensor in module.named_buffers(recurse=False)]
-    modes = [(module, module.training) for module in inner]
-    grads = [(parameter, parameter.grad) for parameter in parameters]
-    chosen = [(one, one.grad_dtype) for one in parameters if getattr(one, "grad_dtype", one.dtype) != one.dtype]
+    # Modes, buffers and parameters, also those that a forward puts in their place, and caches, one level deep.
+    inner = [vars(module) for outer in modules for module in outer.modules()]
+    holders = [*inner, *(value for each in inner for value in each.values() if type(value) in _COPIED)]
+    contents = [(holder, copy.copy(holder)) for holder in holders]
+    grads = [(each, each.grad, each.requires_grad, getattr(each, "grad_dtype", None)) for each in parameters]
     states = [(write, read()) for read, write in _random_sources(saved)]
 
-    def restart(copies: bool = True) -> None:
-        for module, name, tensor in slots:  # a forward may have put another tensor in a buffer's place
-            setattr(module, name, tensor)
+    def restart(convert_to: Callable[[Tensor], Tensor]) -> None:
+        for holder, content in contents:
+            holder.clear()
+            holder.update(content) if hasattr(holder, "update") else holder.extend(content)
         for tensor, data in saved.items():
-            if copies:
-                tensor.data = data.to(dtype, copy=True) if dtype and data.is_floating_point() else data.clone()
-            else:
-                tensor.data = data
-        for module, training in modes:
-            module.training = training
-        for parameter, _ in grads:
+            tensor.data = convert_to(data)
+        for parameter, _, required, _ in grads:
             parameter.grad = None
+            parameter.requires_grad_(required)
         for write, state in states:
             write(state)
 
+    def copied(data: Tensor) -> Tensor:
+        return data.clone() if dtype is None or (other := _in(dtype, data.dtype)) is None else data.to(other, copy=True)
+
     with ExitStack() as stack:
-        stack.callback(_put_back, grads, chosen)
-        stack.callback(restart, copies=False)
-        for parameter, _ in chosen if dtype else ():
-            parameter.grad_dtype = None  # it would round the gradient
-        restart()
+        stack.callback(_put_back, grads)
+        stack.callback(restart, lambda data: data)
         if dtype:
+            for parameter, _, _, grad_dtype in grads:
+                if grad_dtype not in (None, parameter.dtype):
+                    parameter.grad_dtype = None  # it would round the gradient
             stack.callback(torch.set_default_dtype, torch.get_default_dtype())
             torch.set_default_dtype(dtype)  # for what the loss makes on its way
             stack.enter_context(_InOneDtype(dtype))
-        yield restart
+        restart(copied)
+        yield lambda: restart(copied)
 
 
-def _put_back(grads: Sequence[tuple[Tensor, Any]], chosen: Sequence[tuple[Any, Any]]) -> None:
-    for parameter, grad_dtype in chosen:
-        parameter.grad_dtype = grad_dtype
-    for parameter, gradient in grads:
+def _put_back(grads: Sequence[tuple[Any, Any, bool, Any]]) -> None:
+    for parameter, gradient, _, grad_dtype in grads:
+        if grad_dtype is not None and parameter.grad_dtype != grad_dtype:
+            parameter.grad_dtype = grad_dtype
         parameter.grad = gradient
 
 
@@ -103,7 +152,25 @@ def random_state(modules: Sequence[nn.Module]) -> list[Any]:
     return found
 
 
-_SHORTER = {Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16}
+@contextmanager
+def random_state_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Put back the random states."""
+    states = [(write, read()) for read, write in _random_sources(each for one in modules for each in one.parameters())]
+    try:
+        yield
+    finally:
+        for write, state in states:
+            write(state)
+
+
+def _in(dtype: torch.dtype, given: torch.dtype) -> torch.dtype | None:
+    """Return what a tensor of the `given` dtype becomes in a run in `dtype`, None where it stays what it is."""
+    if given.is_complex:
+        return {torch.float64: torch.complex128, torch.float32: torch.complex64}.get(dtype)
+    return dtype if given.is_floating_point and given.itemsize > 1 else None  # 8 bits are meant to round
+
+
+_CASTS = {Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16}
 
 
 class _InOneDtype(TorchFunctionMode):
@@ -121,22 +188,46 @@ class _InOneDtype(TorchFunctionMode):
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         if name in ("__get__", "__set__"):  # attributes
             return func(*args, **kwargs)
-        if func in _SHORTER:
-            return args[0].to(self.dtype)
+        if func in _CASTS:
+            return args[0] if args[0].is_complex() else args[0].to(self.dtype)
         kept = 1 if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) else 0  # changed in place
         args = (*args[:kept], *convert(tuple(args[kept:]), self.dtype))
-        return func(
-            *args, **{key: value if key == "out" else convert(value, self.dtype) for key, value in kwargs.items()}
-        )
+        kwargs = {key: value if key == "out" else convert(value, self.dtype) for key, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+_DROPOUTS = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"}
+_RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
+
+
+class WithoutDropout(TorchFunctionMode):
+    """Dropout lets everything through, in whatever mode a module is, so that all else of that mode is seen."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = getattr(func, "__name__", "").rstrip("_"), dict(kwargs or {})
+        if name in _DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if name == "rrelu":
+            kwargs["training"] = False
+        elif name in _RECURRENT:  # their dropout is the one argument that is a Python float
+            args = tuple(0.0 if type(value) is float else value for value in args)
+        elif "dropout_p" in kwargs:
+            kwargs["dropout_p"] = 0.0
+        elif name == "scaled_dot_product_attention" and len(args) > 4:
+            args = (*args[:4], 0.0, *args[5:])
+        elif name == "multi_head_attention_forward":
+            args = tuple(0.0 if type(value) is float else value for value in args)
+        return func(*args, **kwargs)
 
 
 def convert(given: Any, dtype: torch.dtype) -> Any:
     """Return `given` with floating-point tensors, and dtypes, in `dtype`, also inside lists, tuples and dicts."""
     if isinstance(given, Tensor):
-        return given.to(dtype) if given.is_floating_point() else given
+        other = _in(dtype, given.dtype)
+        return given if other is None else given.to(other)
     if isinstance(given, torch.dtype):
-        return dtype if given.is_floating_point else given
-    if isinstance(given, MutableMapping):
+        return _in(dtype, given) or given
+    if isinstance(given, dict | UserDict):
         converted = copy.copy(given)  # its own kind, a BatchEncoding say
         for key, value in given.items():
             converted[key] = convert(value, dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradaccum import refusals
-from gradaccum.borrowed import borrowed, convert, gradient_of
+from gradaccum.borrowed import borrowed, convert, gradient_of, refuse_to_borrow
 from gradaccum.refusals import Model
 
 Batch = TypeVar("Batch")
@@ -84,6 +84,7 @@ def full_batch_gradient(
     Raises:
         TypeError, ValueError: the loss is no scalar tensor with a graph, or depends on no parameter of the model.
         NotImplementedError: the model is wrapped to train on several processes.
+        RuntimeError: an optimizer steps in the backward pass.
 
     Example:
         >>> model = torch.nn.Linear(1, 1, bias=False)
@@ -96,7 +97,7 @@ def full_batch_gradient(
             "call full_batch_gradient(model, batch, loss), where loss(batch) returns the mean that you mean."
         )
     modules = refusals.modules_of(model)
-    refusals.refuse_several_processes(modules, wrapped_only=True)
+    refuse_to_borrow(modules, dtype)
     with borrowed(modules, dtype):
         return gradient_of(modules, batch if dtype is None else convert(batch, dtype), loss)
 

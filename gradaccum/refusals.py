@@ -43,7 +43,7 @@ def named(modules: Sequence[nn.Module], members: str) -> dict[str, Tensor]:
 
 def trainable_and_clear(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
     """Return the trainable parameters; a ValueError if there are none, or if some parameter has a `.grad`."""
-    trainable = {}
+    trainable: dict[int, nn.Parameter] = {}
     for module in modules:
         for name, parameter in module.named_parameters():
             if parameter.grad is not None:
@@ -55,34 +55,43 @@ def trainable_and_clear(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
             if parameter.requires_grad:
                 trainable[id(parameter)] = parameter  # towers may share it
     if not trainable:
+        refuse_nothing_to_train(modules)
+    return list(trainable.values())
+
+
+def refuse_nothing_to_train(modules: Sequence[nn.Module]) -> None:
+    """Raise ValueError if no parameter is trainable."""
+    if not any(parameter.requires_grad for module in modules for parameter in module.parameters()):
         kinds = ", ".join(type(module).__name__ for module in modules)
         raise ValueError(f"The model ({kinds}) has no trainable parameter: set requires_grad on some.")
-    return list(trainable.values())
 
 
 def refuse_several_processes(modules: Sequence[nn.Module], *, wrapped_only: bool = False) -> None:
     """Raise NotImplementedError for DDP, FSDP and FSDP2, and unless `wrapped_only`, for any model of several ranks."""
     distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+    if not (distributed.is_available() and distributed.is_initialized()):
         return
-    wrappers: tuple[type, ...] = (nn.parallel.DistributedDataParallel,)
+    ranks = distributed.get_world_size()
+    if ranks == 1 and not wrapped_only:
+        return
+    sharded: tuple[type, ...] = ()
     if sharding := sys.modules.get("torch.distributed.fsdp"):  # it is slow to import, and is if a model is sharded
-        wrappers += (sharding.FullyShardedDataParallel, sharding.FSDPModule)
-    for outer in modules:
-        for module in outer.modules():
-            if isinstance(module, nn.parallel.DistributedDataParallel) and module.process_group.size() == 1:
+        sharded = (sharding.FullyShardedDataParallel, sharding.FSDPModule)
+    for module in (module for outer in modules for module in outer.modules()):
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            if module.process_group.size() == 1:
                 return
-            if isinstance(module, wrappers):
-                kind = next(wrapper.__name__ for wrapper in wrappers if isinstance(module, wrapper))
-                raise NotImplementedError(
-                    f"The model is wrapped in {kind}, which sends and averages gradients between "
-                    f"{distributed.get_world_size()} processes, and this is for one process: count over all of them "
-                    "and scale the losses in a loop of your own."
-                )
+        elif not isinstance(module, sharded):
+            continue
+        kinds = (nn.parallel.DistributedDataParallel, *sharded)
+        kind = next(wrapper.__name__ for wrapper in kinds if isinstance(module, wrapper))
+        raise NotImplementedError(
+            f"The model is wrapped in {kind}, which spreads gradients over {ranks} processes, and this is for one: "
+            "count over all of them and scale the losses in a loop of your own."
+        )
     if not wrapped_only:
         raise NotImplementedError(
-            f"{distributed.get_world_size()} processes train together, and accumulate is for one: it would count "
-            "this process's items only."
+            f"{ranks} processes train together, and accumulate is for one: it would count this process's items only."
         )
 
 
@@ -95,13 +104,12 @@ def is_new(modules: Sequence[nn.Module]) -> bool:
 
 
 @contextmanager
-def no_gradient_is_taken_away(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def no_gradient_is_taken_away(
+    parameters: Sequence[Any], after: str = "its weights have made one step already"
+) -> Iterator[None]:
     """Raise if a hook clears the `.grad` that this backward makes, as an optimizer that steps in it must."""
-    arrived: set[nn.Parameter] = set()
-    handles = [
-        parameter.register_post_accumulate_grad_hook(arrived.add)  # type: ignore[no-untyped-call]
-        for parameter in parameters
-    ]
+    arrived: set[Any] = set()
+    handles = [parameter.register_post_accumulate_grad_hook(arrived.add) for parameter in parameters]
     try:
         yield
     finally:
@@ -110,10 +118,21 @@ def no_gradient_is_taken_away(parameters: Sequence[nn.Parameter]) -> Iterator[No
     # At the end, not in our hook: LOMO takes a gradient when the next one arrives.
     if taken := [parameter for parameter in arrived if parameter.grad is None]:
         raise RuntimeError(
-            f"A hook took away {len(taken)} gradients during the backward of the first micro-batch, as an optimizer "
-            "that steps in the backward pass does; its weights have made one step already: "
-            "remove these hooks and step after accumulate."
+            f"A hook took away {len(taken)} gradients during the first backward, as an optimizer that steps in the "
+            f"backward pass does; {after}: remove these hooks and step after accumulate."
         )
+
+
+@contextmanager
+def forgetting(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Forget what ran: in a check it is no first window, and no warning that anybody saw."""
+    sets = (SEEN, _WARNED, _WARNED_OF_BITS)
+    fresh = [[module for module in modules if module not in one] for one in sets]
+    try:
+        yield
+    finally:
+        for one, news in zip(sets, fresh, strict=True):
+            one.difference_update(news)
 
 
 MANY = 64  # micro-batches, from which on bfloat16 loses some: half of 1 / eps
@@ -194,11 +213,9 @@ def counts_and_totals(counts: Sequence[Any]) -> tuple[list[dict[Any, Any]], dict
                     given = f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
                 raise TypeError(
                     "count must return the number of items as an int or a tensor of shape (), "
-                    f"but for micro-batch {index} it returned {given}."
+                    f"but for micro-batch {index} it returned {given}; for several losses, return dicts."
                 )
-    tensors = [value for row in table for value in row if isinstance(value, Tensor)]
-    read = iter(torch.stack(tensors).tolist() if tensors else [])
-    numbers = [[next(read) if isinstance(value, Tensor) else value for value in row] for row in table]
+    numbers = _read(table)
     for index, number in ((index, number) for index, row in enumerate(numbers) for number in row):
         if not 0 <= number < math.inf:  # a NaN fails this too
             raise ValueError(
@@ -210,7 +227,26 @@ def counts_and_totals(counts: Sequence[Any]) -> tuple[list[dict[Any, Any]], dict
         raise ValueError(
             f"count returned 0 for all {len(counts)} micro-batches: skip this window, its mean has no gradient."
         )
-    return of_each, {key: int(total) if isinstance(total, Integral) else float(total) for key, total in totals.items()}
+    return of_each, totals
+
+
+def _read(table: list[list[Any]]) -> list[list[Any]]:
+    """Return all numbers as Python's, the tensors among them in one transfer, and none rounded."""
+    tensors = [value for row in table for value in row if isinstance(value, Tensor)]
+    if len({tensor.dtype for tensor in tensors}) > 1:  # stack would take one of them for all
+        if any(tensor.device.type == "mps" for tensor in tensors):  # which has no float64
+            tensors = [tensor.cpu() for tensor in tensors]
+        tensors = [tensor.double() for tensor in tensors]
+    read = iter(torch.stack(tensors).tolist() if tensors else [])
+    plain = [[next(read) if isinstance(value, Tensor) else value for value in row] for row in table]
+    whole = [
+        [isinstance(value, Integral) or (isinstance(value, Tensor) and not value.is_floating_point()) for value in row]
+        for row in table
+    ]
+    return [
+        [int(number) if is_whole else float(number) for number, is_whole in zip(*both, strict=True)]  # NumPy's overflow
+        for both in zip(plain, whole, strict=True)
+    ]
 
 
 def _is_number(value: Any) -> bool:
@@ -244,6 +280,8 @@ def refuse_unless_scalar_with_graph(loss: Any, where: str, *, name: str = "loss_
     if not isinstance(loss, Tensor):
         given = f"the {type(loss).__name__} {loss!r}"
         raise TypeError(f"{name} must return a scalar tensor, but for {where} it returned {given}.")
+    if loss.is_complex():
+        raise TypeError(f"{name} must return a real number, but for {where} it returned {loss.dtype}.")
     if loss.ndim != 0:
         raise ValueError(
             f"{name} must return a tensor of shape (), but for {where} it returned shape {tuple(loss.shape)}: "

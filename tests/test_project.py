@@ -225,7 +225,7 @@ def public_functions():
     for path in python_files("gradaccum"):
         if "exercises" in path.parts and path != Path("gradaccum/exercises/__init__.py"):
             continue  # questions and mistakes, and the engine behind `check`
-        if path.stem in ("borrowed", "refusals"):
+        if path.stem in ("borrowed", "compared", "refusals"):
             continue  # what `accumulate` and `check_split` are made of
         module = ".".join(path.relative_to("gradaccum").with_suffix("").parts)
         for node in ast.parse((ROOT / path).read_text()).body:
@@ -273,7 +273,9 @@ def test_importing_the_module_imports_torch_and_nothing_else_that_is_slow():
     assert "gradaccum" in imported
     assert imported - set(sys.stdlib_module_names) - {"torch"} == {"gradaccum"}
     ours = {name for name in done.stdout.split() if name.startswith("gradaccum.")}
-    assert ours == {f"gradaccum.{part}" for part in ("accumulation", "borrowed", "gradients", "refusals", "splits")}
+    assert ours == {
+        f"gradaccum.{part}" for part in ("accumulation", "borrowed", "compared", "gradients", "refusals", "splits")
+    }
 
 
 PARTS = """import sys, gradaccum
@@ -297,7 +299,7 @@ gradaccum.plots
 
 def test_every_part_is_an_attribute_of_the_module():
     parts = {path.parts[1].removesuffix(".py") for path in python_files("gradaccum")}
-    parts -= {"__init__", "bars", "borrowed", "interrupts", "refusals"}
+    parts -= {"__init__", "bars", "borrowed", "compared", "interrupts", "refusals"}
     assert {"accumulation", "exercises", "memory", "plots"} <= parts
     command = [sys.executable, "-c", PARTS, *sorted(parts)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy, ctc_loss, l1_loss, mse_loss, normalize, softplus
+from torch.nn.functional import (
+    cross_entropy,
+    ctc_loss,
+    dropout,
+    l1_loss,
+    mse_loss,
+    normalize,
+    scaled_dot_product_attention,
+    softplus,
+)
 
 from gradaccum import accumulate, check_split, relative_error
 
@@ -291,30 +300,75 @@ def test_a_buffer_that_ends_elsewhere_is_named_though_the_gradient_is_equal():
     assert "a forward remembers: these buffers end elsewhere: 0.1.mean" in split.verdict
 
 
-def test_dropout_is_in_eval_mode_and_said():
-    for middle in (
-        (nn.Dropout(),),
-        (nn.Unflatten(1, (1, 6)), nn.TransformerEncoderLayer(6, 2, 8, batch_first=True), nn.Flatten()),
-    ):
-        model, loss, loss_sum, count = by_items(mlp(*middle), classes, classes_sum)
-        split = check_split(model, ROWS, loss, ROWS.split(SIZES), loss_sum, count)
-        assert split.ok
-        assert "Dropout" in split.verdict
-        assert "in eval mode here" in split.verdict
+class DropPath(nn.Module):
+    """As timm's and torchvision's: whole items, drawn by hand."""
+
+    def forward(self, x):
+        return x * (torch.rand(len(x), 1) > 0.5) / 0.5 if self.training else x
 
 
-class Noise(nn.Module):
-    """Draws, and in training remembers what it drew."""
+class Functional(nn.Module):
+    """Dropout in a module whose training mode does more."""
+
+    def __init__(self, centred):
+        super().__init__()
+        self.centred = centred
+
+    def forward(self, x):
+        x = dropout(x, 0.5, training=self.training)
+        return x - x.mean(0) if self.centred and self.training else x
+
+
+class Memory(nn.Module):
+    """Recurrent layers with a dropout of their own, and attention's."""
 
     def __init__(self):
         super().__init__()
-        self.register_buffer("last", torch.zeros(()))
+        self.layers = nn.ModuleList([nn.LSTM(6, 6, 2, dropout=0.5), nn.GRU(6, 6, 2, dropout=0.5)])
+        self.attention = nn.TransformerEncoderLayer(6, 2, 8)
+
+    def forward(self, x):
+        x = self.attention(torch.stack([x, x.sin()]))
+        for layer in self.layers:
+            x = layer(x)[0]
+        return scaled_dot_product_attention(x.swapaxes(0, 1), x.swapaxes(0, 1), x.swapaxes(0, 1), None, 0.5)[:, 0]
+
+
+@pytest.mark.parametrize(
+    ("layer", "ok", "note"),
+    [
+        (nn.Dropout(), True, "(Dropout was left out.)"),
+        (nn.AlphaDropout(), True, "(Dropout was left out.)"),
+        (nn.RReLU(), True, "(Dropout was left out.)"),
+        (Memory(), True, "(Dropout was left out.)"),
+        (Functional(centred=False), True, "(Dropout was left out.)"),
+        (Functional(centred=True), False, "(Dropout was left out.)"),
+        (DropPath(), True, "DropPath, which draws random numbers, was in eval mode"),
+        (nn.Sequential(nn.Dropout(), DropPath(), nn.BatchNorm1d(6)), False, "DropPath, which draws"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+)
+def test_dropout_is_left_out_and_hides_nothing(layer, ok, note):
+    model, loss, loss_sum, count = by_items(mlp(layer), classes, classes_sum)
+    split = check_split(model, ROWS, loss, ROWS.split(SIZES), loss_sum, count)
+    assert split.ok is ok
+    assert note in split.verdict
+
+
+class MixStyle(nn.Module):
+    """Draws, and in training lets items see each other."""
 
     def forward(self, x):
         if not self.training:
-            return x - x.mean(0)
-        self.last = torch.randn(())
-        return x - x.mean(0) + self.last
+            return x
+        return 0.7 * x + 0.3 * x[torch.randperm(len(x))]
+
+
+class TwoForms(nn.Module):
+    """Draws, and gives no loss in eval mode."""
+
+    def forward(self, x):
+        return x + torch.randn(6) if self.training else {}["losses"]
 
 
 def noisy(source):
@@ -371,10 +425,8 @@ CANNOT_TELL = {
     "NumPy's random": (lambda: noisy(lambda z: torch.tensor(np.random.rand(*z.shape)).float()), "Draw them"),
     "a generator of its own": (lambda: noisy(lambda z: torch.randn(z.shape, generator=own)), "called again"),
     "a state": (stateful, "called again"),
-    "noise that remembers": (
-        lambda: by_items(mlp(Noise(), nn.Tanh()), classes, classes_sum),
-        "'1' (Noise) draws random numbers and remembers",
-    ),
+    "noise that mixes": (lambda: by_items(mlp(MixStyle(), nn.Tanh()), classes, classes_sum), "MixStyle, which draws"),
+    "no loss in eval mode": (lambda: by_items(mlp(TwoForms()), classes, classes_sum), "in eval mode the loss fails"),
     "the optimum": (at_the_optimum, "as small as the rounding of its parts"),
     "no gradient": (lambda: by_items(mlp(), *[lambda *a: 0 * classes(*a)] * 2), "is 0"),
     "not finite": (lambda: by_items(mlp(), lambda *a: classes(*a) * torch.inf, classes_sum), "is not finite"),
@@ -432,7 +484,7 @@ def test_llamas_norm_in_float32_is_no_fault_in_float64():
 def test_pieces_that_are_not_the_batch_and_a_loss_sum_that_cannot_take_it():
     model, loss, loss_sum, count = by_items(mlp(), classes, classes_sum)
     split = check_split(model, ROWS, loss, ROWS.split(SIZES)[:2], loss_sum, count)
-    assert "(they count 11, it 16)" in split.verdict
+    assert "the pieces count 11 and it counts 16" in split.verdict
     model, loss, loss_sum, count = by_items(mlp(), pairs, lambda *a: pairs(*a) * len(a[2]))
     split = check_split(model, tuple(ROWS), lambda t: loss(torch.stack(t)), ROWS.split(SIZES), loss_sum, count)
     assert split.verdict.endswith("Items see each other, or a term is no sum over items.")
