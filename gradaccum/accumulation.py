@@ -204,7 +204,13 @@ def accumulate(
     try:
         for index, micro_batch in enumerate(window):
             loss = loss_sum(micro_batch)
-            if None in totals and type(loss) is Tensor and loss.ndim == 0 and loss.requires_grad:  # spared a call
+            if (
+                None in totals
+                and type(loss) is Tensor
+                and loss.ndim == 0
+                and loss.requires_grad
+                and loss.is_floating_point()
+            ):
                 loss = loss / totals[None]
                 losses[None].append(loss.detach())
             else:

@@ -209,6 +209,24 @@ def test_it_returns_the_loss_and_the_count_and_changes_nothing_but_grad():
         accumulate(task.model, window, task.loss_sum, task.count)
 
 
+@pytest.mark.parametrize(
+    ("kinds", "total"),
+    [
+        ([np.uint8(200), np.uint8(100)], 300),
+        ([np.int8(100)] * 3, 300),
+        ([np.float16(30000.0)] * 3, 90000.0),
+        ([torch.tensor(200, dtype=torch.uint8)] * 2, 400),
+        ([torch.tensor(2**24 + 1), torch.tensor(1.5, dtype=torch.bfloat16)], 2**24 + 2.5),
+        ([100_001, torch.tensor(0.5, dtype=torch.float16)], 100_001.5),
+        ([np.float32(1.5), 2, torch.tensor(3)], 6.5),
+    ],
+)
+def test_counts_of_few_bits_are_added_up_whole(kinds, total):
+    model = nn.Linear(1, 1)
+    result = accumulate(model, range(len(kinds)), lambda index: model(torch.ones(1, 1)).sum(), kinds.__getitem__)
+    assert (result.count, type(result.count)) == (total, type(total))
+
+
 def test_weights_may_be_counted_instead_of_items():
     task, samples, window = make()
     result = accumulate(task.model, window, lambda b: task.loss_sum(b) * 0.25, lambda b: task.count(b) * 0.25)
@@ -545,6 +563,13 @@ def test_an_optimizer_that_steps_in_backward_is_refused(hooks):
         with refused(RuntimeError, "steps in the backward pass", "made one step already"):
             accumulate(task.model, window, lambda batch: seen.append(batch) or task.loss_sum(batch), task.count)
     assert seen == [window[0]] * 2
+    with refused(RuntimeError, "steps in the backward pass"):  # also if the first micro-batch has no backward
+        accumulate(
+            task.model,
+            window,
+            lambda batch: {"sum": torch.zeros(()) if batch is window[0] else task.loss_sum(batch)},
+            lambda batch: {"sum": 0 if batch is window[0] else task.count(batch)},
+        )
     assert set(task.gradients()) == {None}
     for handle in handles:
         handle.remove()
@@ -875,6 +900,7 @@ def test_a_grad_that_is_already_there_is_refused_and_left_alone(value, frozen):
         (lambda loss: None, TypeError, "None"),
         (lambda loss: loss.expand(3), ValueError, "(3,)"),
         (lambda loss: loss.reshape(1), ValueError, "(1,)"),
+        (lambda loss: loss * 1j, TypeError, "torch.complex128"),
         (lambda loss: loss.detach(), ValueError, "without a graph"),
     ],
 )

@@ -5,6 +5,8 @@ pieces' sums divided by what they count.
 """
 
 import random
+import re
+from collections.abc import MutableMapping
 
 import numpy as np
 import pytest
@@ -20,8 +22,10 @@ from torch.nn.functional import (
     scaled_dot_product_attention,
     softplus,
 )
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 
-from gradaccum import accumulate, check_split, relative_error
+from gradaccum import accumulate, check_split, full_batch_gradient, relative_error
 
 torch.set_num_threads(1)
 SIZES = [9, 2, 5]
@@ -563,3 +567,238 @@ def test_it_agrees_with_what_accumulate_leaves():
     assert relative_error(found, [parameter.grad for parameter in model.parameters()]) == pytest.approx(
         split.error, rel=1e-4
     )
+
+
+# --- what other people's models do ---
+
+
+class Standing(nn.Module):
+    """Adds up what it sees, keeps a best value that is not there yet, and a buffer that starts as None."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("total", torch.zeros(6, dtype=torch.complex64))
+        self.register_buffer("best", torch.tensor(torch.nan))
+        self.register_buffer("later", None)
+
+    def forward(self, x):
+        self.total = self.total + (x - x).detach().sum(0) + 1e-9
+        self.total = self.total - 1e-9
+        self.later = torch.zeros(())
+        return x
+
+
+class Rotary(nn.Module):
+    """Keeps a table by length, as rotary embeddings do, and puts a parameter in another's place, as VQ-VAEs do."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.tables = None, {}
+        self.codes = nn.Parameter(torch.ones(6), requires_grad=False)
+
+    def forward(self, x):
+        if self.table is None or len(self.table) < len(x):
+            self.table = self.tables[len(x)] = torch.ones(len(x), 6)
+        self.codes = nn.Parameter(self.codes.data.clone(), requires_grad=False)
+        return x * self.table[: len(x)].to(x.dtype) * self.codes
+
+
+class Shadow(nn.Module):
+    """A frozen copy that follows its original in each forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.original, self.copy = nn.Linear(6, 6), nn.Linear(6, 6).requires_grad_(False)
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.copy.weight.lerp_(self.original.weight, 0.1)
+        return self.original(x)
+
+
+class Reentrant(nn.Module):
+    """Reentrant checkpointing runs backward of its own, which torch.autograd.grad never enters."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return checkpoint(self.inner, x, use_reentrant=True)
+
+
+class Eight(nn.Module):
+    """Rounds to 8 bits by the largest number of the batch."""
+
+    def forward(self, x):
+        scale = 448 / x.detach().abs().max()
+        return x + ((x * scale).to(torch.float8_e4m3fn).to(x.dtype) / scale - x).detach()
+
+
+def masked():
+    """A hook that keeps half of the weights where they are."""
+    model = mlp()
+
+    def keep(weight):
+        weight.grad[:2] = 0
+
+    model[2].weight.register_post_accumulate_grad_hook(keep)
+    return by_items(model, classes, classes_sum)
+
+
+def two_towers(factor):
+    one, other = mlp(), mlp()
+
+    def parts(rows):
+        return cross_entropy(one(X[rows]), Y[rows]), pairs(other(X[rows]), Y[rows], rows)
+
+    def loss(rows):
+        first, second = parts(rows)
+        return first + factor * second
+
+    return [one, other], loss, lambda rows: loss(rows) * len(rows), len
+
+
+def complex_numbers(factor=1):
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(8, dtype=torch.cfloat))
+    target = (X @ torch.ones(8)).to(torch.cfloat)
+
+    def total(rows):
+        return (X[rows].to(torch.cfloat) @ weight - target[rows]).abs().square().sum()
+
+    return nn.ParameterList([weight]), lambda r: total(r) / len(r), lambda r: factor * total(r), len
+
+
+def sparse(count):
+    torch.manual_seed(0)
+    model = nn.Embedding(5, 3, sparse=True)
+    return model, lambda r: model(Y[r]).square().mean(), lambda r: model(Y[r]).square().sum(), count
+
+
+@pytest.mark.parametrize(
+    ("build", "ok", "said"),
+    [
+        (lambda: by_items(mlp(Standing()), classes, classes_sum), True, ""),
+        (lambda: by_items(mlp(Rotary()), classes, classes_sum), True, ""),
+        (lambda: by_items(mlp(Shadow()), classes, classes_sum), False, "elsewhere: 1.copy.weight"),
+        (lambda: by_items(mlp(Reentrant()), classes, classes_sum), True, ""),
+        (lambda: by_items(mlp(Eight()), classes, classes_sum), False, ""),
+        (masked, True, ""),
+        (lambda: two_towers(3e-7), False, "Of the whole gradient it is little"),
+        (complex_numbers, True, ""),
+        (lambda: complex_numbers(-1), False, "-1 times that gradient, in the opposite direction"),
+        (lambda: sparse(lambda r: 3 * len(r)), True, ""),
+        (lambda: sparse(len), False, "3 times that gradient, in the same direction"),
+        (
+            lambda: by_items(mlp(), pairs, lambda *a: {"a": pairs(*a) * len(a[2])}, lambda r: {"a": len(r)}),
+            False,
+            SEE,
+        ),
+        (lambda: by_items(mlp(), classes, classes, lambda r: 1), False, "the pieces count 3 and it counts 1"),
+    ],
+)
+def test_other_peoples_models(build, ok, said):
+    model, loss, loss_sum, count = build()
+    modules = model if isinstance(model, list) else [model]
+    attributes = [{**vars(module)} for one in modules for module in one.modules()]
+    before = [{**one.state_dict()} for one in modules]
+    split = check_split(model, ROWS, loss, ROWS.split(SIZES), loss_sum, count)
+    assert split.ok is ok, split
+    assert said in split.verdict
+    assert [{**vars(module)} for one in modules for module in one.modules()] == attributes
+    for one, state in zip(modules, before, strict=True):
+        after = one.state_dict()
+        assert after.keys() == state.keys()
+        assert all(after[name] is not None and after[name].data_ptr() == state[name].data_ptr() for name in state)
+
+
+def test_a_frozen_batch_norm_and_one_that_is_not_used_are_not_named():
+    model, loss, loss_sum, count = by_items(mlp(), pairs, lambda *a: pairs(*a) * len(a[2]))
+    split = check_split([model, nn.BatchNorm1d(3)], ROWS, loss, ROWS.split(SIZES), loss_sum, count)
+    assert "BatchNorm" not in split.verdict
+
+
+def test_what_is_outside_of_the_model_is_left_alone():
+    model, judge = mlp(), nn.Linear(5, 1)
+    judge.weight.grad = torch.ones(1, 5)
+
+    def loss(batch, reduction="mean"):
+        return mse_loss(judge(model(batch["x"])), batch["more"]["y"], reduction=reduction)
+
+    class Batch(MutableMapping):  # that shares what is in it with its copies
+        def __init__(self, inner):
+            self.inner = inner
+
+        def __getitem__(self, key):
+            return self.inner[key]
+
+        def __setitem__(self, key, value):
+            self.inner[key] = value
+
+        def __delitem__(self, key):
+            del self.inner[key]
+
+        def __iter__(self):
+            return iter(self.inner)
+
+        def __len__(self):
+            return len(self.inner)
+
+    batch = Batch({"x": X, "more": {"y": X[:, :1]}})
+    random_before = torch.get_rng_state()
+
+    def pieces():
+        for rows in DataLoader(ROWS, batch_size=5):  # which draws a seed
+            yield Batch({"x": X[rows], "more": {"y": X[rows, :1]}})
+
+    split = check_split(model, batch, loss, pieces(), lambda b: loss(b, "sum"), lambda b: 2 * len(b["x"]))
+    assert (split.ok, round(split.error, 3)) == (False, 0.5)
+    full_batch_gradient(model, batch, loss, dtype=torch.float64)
+    assert (judge.weight.grad.tolist(), judge.bias.grad) == ([[1.0] * 5], None)
+    assert batch["x"] is X
+    assert torch.equal(torch.get_rng_state(), random_before)
+
+
+def test_accumulate_warns_and_looks_at_hooks_after_a_check_as_before():
+    model, loss, loss_sum, count = by_items(mlp(nn.BatchNorm1d(6)), classes, classes_sum)
+    check_split(model, ROWS, loss, ROWS.split(SIZES), loss_sum, count)
+    optimizers = {each: torch.optim.SGD([each], lr=0.1) for each in model.parameters()}
+
+    def step(parameter):
+        optimizers[parameter].step()
+        parameter.grad = None
+
+    for each in model.parameters():
+        each.register_post_accumulate_grad_hook(step)
+    with pytest.warns(UserWarning, match="BatchNorm"), pytest.raises(RuntimeError, match="backward pass"):
+        accumulate(model, ROWS.split(SIZES), loss_sum, count)
+    before = model[0].weight.clone()
+    with pytest.raises(RuntimeError, match="these weights are put back"):
+        check_split(model, ROWS, loss, ROWS.split(SIZES), loss_sum, count)
+    assert torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize(
+    ("model", "dtype", "error", "said"),
+    [
+        (nn.LazyLinear(5), None, ValueError, "'weight' has no data yet"),
+        (nn.Linear(8, 5, device="meta"), None, ValueError, "'weight' has no data yet"),
+        (nn.Linear(8, 5).requires_grad_(False), None, ValueError, "no trainable parameter"),
+        (nn.Linear(8, 5), "float64", ValueError, "torch.float64, but 'float64'"),
+        (nn.Linear(8, 5), torch.int64, ValueError, "torch.int64"),
+        (nn.Linear(8, 5), torch.complex64, ValueError, "torch.complex64"),
+    ],
+)
+def test_what_cannot_be_borrowed_is_refused(model, dtype, error, said):
+    _, loss, loss_sum, count = by_items(model, classes, classes_sum)
+    with pytest.raises(error, match=re.escape(said)):
+        check_split(model, ROWS, loss, ROWS.split(SIZES), loss_sum, count, dtype=dtype)
+    with pytest.raises(error, match=re.escape(said)):
+        full_batch_gradient(model, ROWS, loss, dtype=dtype)
+
+
+def test_it_works_where_gradients_are_off():
+    model, loss, loss_sum, count = by_items(mlp(), classes, classes_sum)
+    with torch.no_grad():
+        assert check_split(model, ROWS, loss, ROWS.split(SIZES), loss_sum, count)
