@@ -76,6 +76,8 @@ assert updates == 8
 
 # %% delay-ask [markdown]
 # Four micro-batches of 8 names are the same 32 names as one batch of 32.
+# These 32 are the **effective batch**, all items of a window: micro-batch times accumulation steps, where all are equal.
+# Papers report the **global batch**: the same, over all processes that train together.
 # We would like the same gradient, too.
 
 # %% factor-guess tags=["nbval-ignore-output", "widget", "hidden"]

@@ -246,26 +246,26 @@ for window in windows(micro_batches, accumulation_steps=3):
 # The last window divides by its own length, nothing leaks, and each thing that happens once per update stands once.
 #
 # `gradaccum` has this function in its finished form: it can be read again at each epoch, checks its arguments, and knows its length if the data does.
-# Test it: `full_batch_gradient` computes a window's gradient the slow way, as one graph.
-# It wants the sum of the losses and the number of targets; lesson 5 says why.
+# Test it: `full_batch_gradient` computes the gradient of your own loss of one batch, as one graph.
+# The batch holds all names of a window, so nothing of the loop's cutting and dividing is in what it is compared with.
 
 
 # %% module-run
-def loss_sum(micro_batch):
-    """The sum of a micro-batch's losses."""
-    inputs, targets = micro_batch
-    logits = model(inputs).flatten(0, 1)
-    return cross_entropy(logits, targets.flatten(), reduction="sum")
+def mean_loss(names):
+    """The mean loss over all characters of some names, as one batch."""
+    inputs, targets = characters.batch(names)
+    return cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
 
 
-cut = gradaccum.windows(micro_batches, accumulation_steps=3)
+pieces = [names[i : i + 8] for i in range(0, 56, 8)]
+cut = gradaccum.windows(pieces, accumulation_steps=3)
 for window in cut:
     model.zero_grad()
-    for inputs, targets in window:
-        logits = model(inputs)
-        loss = cross_entropy(logits.flatten(0, 1), targets.flatten()) / len(window)
+    for piece in window:
+        loss = mean_loss(piece) / len(window)
         loss.backward()
-    full = full_batch_gradient(model, window, loss_sum, data.count_targets)
+    all_names = [name for piece in window for name in piece]
+    full = full_batch_gradient(model, all_names, mean_loss)
     gradients = [parameter.grad for parameter in model.parameters()]
     error = relative_error(gradients, full)
     print(f"window of {len(window)}: equal up to rounding: {error < 5e-6}")

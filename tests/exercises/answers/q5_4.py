@@ -5,11 +5,15 @@ import copy
 import numpy as np
 import torch
 from fills import count_of, loss_sum
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, cross_entropy
 
 from gradaccum import data, full_batch_gradient, models, relative_error
 
 WORDS = data.Characters(["OX", "ELEPHANT", "CAMEL", "COW"])
+
+
+def mean_loss(model):
+    return lambda batch: cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
 
 
 def gradients_compared(step):
@@ -17,7 +21,9 @@ def gradients_compared(step):
     window = [WORDS.batch(["OX", "CAMEL"]), WORDS.batch(["COW"]), WORDS.batch(["ELEPHANT"])]
     window[1][1].fill_(data.IGNORED)
     model = models.GPT(len(WORDS), context=9, width=8, layers=1, heads=2)
-    expected = full_batch_gradient(model, window, lambda each: loss_sum(model, each), data.count_targets)
+    inputs, targets = WORDS.batch(["OX", "CAMEL", "COW", "ELEPHANT"])
+    targets[2] = data.IGNORED
+    expected = full_batch_gradient(model, (inputs, targets), mean_loss(model))
     optimizer, seen = torch.optim.Adam(model.parameters()), []
     optimizer.register_step_pre_hook(lambda *_: seen.extend(p.grad.clone() for p in model.parameters()))
     step(model, optimizer, window)
