@@ -647,10 +647,10 @@ assert "normalizes each micro-batch by its own statistics" in str(of_it[0])
 # The habits are what people write, and none of them raises; how far off they are depends on the data.
 #
 # Where a loss has several denominators, `accumulate` takes dicts: each sum is divided by its own total.
-# In the last three rows items see each other, and no sum and no count mends it.
+# In the last three rows items see each other (BatchNorm in training is one), and no sum and no count mends it.
 #
 # `check_split` does not see everything.
-# Dropout is noise, not an error, so it is put into eval mode.
+# Dropout is noise, not an error, so it is left out.
 # A loss that draws random numbers itself cannot be judged: draw them with the batch, before it is cut.
 
 # %% libraries [markdown]
