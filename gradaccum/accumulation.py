@@ -177,7 +177,7 @@ def accumulate(
         A micro-batch whose loss is not finite is left out; the mean is then over what is kept:
 
         >>> model.zero_grad()
-        >>> window.append(torch.tensor([[math.inf]]))
+        >>> window.append(torch.tensor([[torch.inf]]))
         >>> try:
         ...     result = accumulate(model, window, lambda x: model(x).sum(), len, nonfinite="raise")
         ... except NonFiniteLoss as error:
@@ -206,7 +206,7 @@ def accumulate(
             loss = loss_sum(micro_batch)
             if (
                 None in totals
-                and type(loss) is Tensor
+                and isinstance(loss, Tensor)
                 and loss.ndim == 0
                 and loss.requires_grad
                 and loss.is_floating_point()
