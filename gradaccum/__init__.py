@@ -1,6 +1,7 @@
 """Gradient accumulation in PyTorch: the finished loop that the notebooks build, and the meters they use.
 
-`windows` and `accumulate` are the technique; `check_split` says whether a loss may be cut so; `full_batch_gradient` and
+`windows` and `accumulate` are the technique; `check_split` says whether a loss may be cut so; `audit` says which weight
+each micro-batch got in any loop; `full_batch_gradient` and
 `relative_error` say what "equal" means.
 Importing this package imports torch and nothing else that is slow; `gradaccum.memory` and the other parts are imported
 when they are first used.
@@ -10,10 +11,11 @@ import importlib
 from typing import TYPE_CHECKING
 
 from gradaccum.accumulation import Accumulated, NonFiniteLoss, Windows, accumulate, windows
+from gradaccum.auditing import Audit, Update, audit
 from gradaccum.gradients import full_batch_gradient, relative_error
 from gradaccum.splits import Split, check_split
 
-__all__ = ["Accumulated", "NonFiniteLoss", "Split", "Windows", "accumulate", "check_split"]
+__all__ = ["Accumulated", "Audit", "NonFiniteLoss", "Split", "Update", "Windows", "accumulate", "audit", "check_split"]
 __all__ += ["full_batch_gradient", "relative_error", "windows"]
 __version__ = "0.1.0"
 

@@ -1,0 +1,188 @@
+"""What a window's weights look like: the kinds of update that an audit tells apart, and a sentence for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+# In the order in which they are looked for. What is after "right" is a fault, or a choice such as clipping.
+KINDS = (
+    "left over, never stepped",
+    "not finite",
+    "no weighted sum",
+    "cannot be told apart",
+    "gradients of an earlier update",
+    "right",
+    "only the last micro-batch",
+    "cut elsewhere",
+    "not divided",
+    "a partial window over k",
+    "each mean over k",
+    "another divisor",
+    "one common factor",
+    "clipped or divided inside",
+    "does not fit",
+)
+CLOSE = 1e-3  # of the largest right weight: weights are known to about this in float32
+
+
+@dataclass
+class Facts:
+    """What was solved for one update; `weights`, `right` and `counts` go by the micro-batches of its window.
+
+    Attributes:
+        weights: the factor that each micro-batch's own mean gradient got.
+        right: the factor that it should have got, its count over the window's.
+        counts: the items in each.
+        steps: k, the accumulation steps that were asked for.
+        outside: the weights of other micro-batches, by index.
+        earlier: the factor of the gradient of the update before.
+        residual: the share of the gradient that is no such sum.
+        error: of the gradient, relative to the right one.
+        uncertainty: by how much a weight may be off.
+        finite: whether the gradient is.
+        suspects: what the model and the loop show that is no sum.
+    """
+
+    weights: Sequence[float]
+    right: Sequence[float]
+    counts: Sequence[float]
+    steps: int
+    outside: dict[int, float] = field(default_factory=dict)
+    earlier: float = 0.0
+    residual: float = 0.0
+    error: float = 0.0
+    uncertainty: float = 0.0
+    finite: bool = True
+    suspects: Sequence[str] = ()
+
+
+def kind_of(facts: Facts) -> tuple[str, str]:
+    """Return the first of `KINDS` that fits, and its sentence.
+
+    Example:
+        >>> kind_of(Facts(weights=[1, 1, 1, 1], right=[0.25] * 4, counts=[8] * 4, steps=4))
+        ('not divided', 'Each micro-batch got the weight 1: the gradient is 4 times too large. Divide by the count.')
+    """
+    found = _unless_known(facts)
+    if found:
+        return found
+    weights, right, counts = facts.weights, facts.right, facts.counts
+    k, many = facts.steps, len(weights)
+    scale = max(right)
+
+    def close(values: Sequence[float]) -> bool:
+        return all(abs(one - other) <= CLOSE * scale for one, other in zip(weights, values, strict=True))
+
+    if close(right) and not facts.outside:
+        return "right", "Each micro-batch got its count over the window's."
+    first_seen = next((index for index, weight in enumerate(weights) if abs(weight) > CLOSE * scale), many)
+    if many > 1 and first_seen == many - 1 and not facts.outside:
+        return KINDS[6], (
+            f"Only the last of {many} micro-batches is in it (weight {_number(weights[-1])}): "
+            "gradients are cleared inside the window."
+        )
+    missing = [index for index, weight in enumerate(weights) if abs(weight) <= CLOSE * scale and right[index]]
+    if facts.outside or missing:
+        return _cut_elsewhere(facts, missing)
+    if close([1.0 if share else 0.0 for share in right]) and many > 1:
+        return KINDS[8], f"Each micro-batch got the weight 1: the gradient is {_too_large(facts)}. Divide by the count."
+    if close(counts) and sum(counts) != 1:
+        return KINDS[8], (
+            f"Each item got the weight 1: losses are summed, and the gradient is {sum(counts):g} times too large. "
+            "Divide by the count."
+        )
+    over_k = [1 / k if share else 0.0 for share in right]
+    if many < k and close(over_k):
+        return KINDS[9], (
+            f"Divided by k = {k}, and the window has {many}: its gradient is {_number(sum(weights))} of the right one. "
+            "Divide by the window's own count."
+        )
+    if close([1 / many if share else 0.0 for share in right]):
+        return KINDS[10], (
+            f"Each mean over {many}: micro-batches of {_listed(counts)} items got the same weight. "
+            "Divide each sum by the window's count."
+        )
+    return _by_factor(facts)
+
+
+def _unless_known(facts: Facts) -> tuple[str, str] | None:
+    if not facts.finite:
+        return "not finite", "The gradient is infinite or NaN: a loss was, or its scale was too large."
+    if facts.residual > CLOSE:
+        suspects = list(facts.suspects)
+        if facts.residual < 2e-2:
+            suspects = ["rounding in 16 bits", "a small further term", *suspects]
+        else:
+            suspects = ["a further term or another loss", "a backward of another model", *suspects]
+        return "no weighted sum", (
+            f"{100 * facts.residual:.2g} % of this gradient is no weighted sum of these losses' gradients. "
+            f"Suspects: {', '.join(suspects)}."
+        )
+    if facts.uncertainty > 0.05 * min((share for share in facts.right if share), default=1.0):
+        return "cannot be told apart", "The micro-batches' gradients are too much alike, or the parameters too few."
+    if abs(facts.earlier) > CLOSE:
+        return "gradients of an earlier update", (
+            f"{_number(facts.earlier)} times the gradient of the update before is still in it: clear after each step."
+        )
+    return None
+
+
+def _cut_elsewhere(facts: Facts, missing: Sequence[int]) -> tuple[str, str]:
+    weights = [weight for index, weight in enumerate(facts.weights) if index not in missing] + [*facts.outside.values()]
+    held = len(weights)
+    if held and max(weights) - min(weights) > 0.5 * max(map(abs, weights)) and len(set(facts.counts)) == 1:
+        return "does not fit", "It holds other micro-batches than its window, with weights that are not alike."
+    parts = []
+    if missing:
+        parts.append(f"{len(missing)} of its window's {len(facts.weights)} are not in it")
+    if facts.outside:
+        parts.append(f"{len(facts.outside)} of another window {'is' if len(facts.outside) == 1 else 'are'}")
+    return "cut elsewhere", (
+        f"The update holds {held} micro-batches, and {' and '.join(parts)}: the step comes at another index than "
+        f"every {facts.steps}th of an epoch."
+    )
+
+
+def _by_factor(facts: Facts) -> tuple[str, str]:
+    shares = [(weight, share) for weight, share in zip(facts.weights, facts.right, strict=True) if share]
+    factors = [weight / share for weight, share in shares]
+    factor, total = sum(factors) / len(factors), sum(facts.counts)
+    spread = max(abs(each - factor) for each in factors)
+    if spread <= CLOSE * abs(factor) and factor > 0:
+        divisor = total / factor
+        off = divisor * max(spread / factor, CLOSE / 10)
+        if off < 0.05 and divisor < 1000 and abs(divisor - round(divisor)) <= max(off, 1e-3):
+            return "another divisor", (
+                f"Divided by {round(divisor)} where {total:g} items were counted: the gradient is {_number(factor)} of "
+                "the right one. See what is counted."
+            )
+        return "one common factor", (
+            f"All weights are {_number(factor)} times the right ones: clipping, which is no fault, or a scale that was "
+            "not taken off, or a number of processes."
+        )
+    alike = max(facts.weights) - min(facts.weights) <= CLOSE * max(facts.weights)
+    if alike:
+        return "does not fit", (
+            f"Each micro-batch got {_number(facts.weights[0])}, whatever it counts: a mean of means, and a further factor."
+        )
+    if all(0 < weight <= (1 + CLOSE) * share for weight, share in shares):
+        return "clipped or divided inside", (
+            "Each micro-batch lost another share: gradients are clipped, or divided, at each micro-batch."
+        )
+    return "does not fit", "The weights fit no kind that is known here: compare them with the right ones."
+
+
+def _too_large(facts: Facts) -> str:
+    if len(set(facts.counts)) == 1:
+        return f"{len(facts.weights)} times too large"
+    return f"that of {len(facts.weights)} means added up, whatever they count"
+
+
+def _listed(counts: Sequence[float]) -> str:
+    shown = [f"{count:g}" for count in counts[:8]]
+    return ", ".join(shown[:-1]) + f" and {shown[-1]}" if len(counts) <= 8 else ", ".join(shown) + " and more"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"
