@@ -1,8 +1,6 @@
-"""Which weight did each micro-batch get? The gradient at each optimizer step, solved for its micro-batches.
+"""Which weight did each micro-batch get in each update of a loop? What a step is given, and the report.
 
-Whatever a loop does, it hands the optimizer a weighted sum of its micro-batches' own mean gradients, where the loss is
-additive and the weights stand still inside a window. The weights are few and the parameters many, so they can be
-solved for, by least squares, from outside of the loop.
+What is noted here is solved in `solving`, and named in `verdicts`.
 """
 
 from __future__ import annotations
@@ -10,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,11 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from gradaccum import refusals
-from gradaccum.borrowed import borrowed, others_untouched, refuse_to_borrow
+from gradaccum.borrowed import refuse_to_borrow
 from gradaccum.refusals import Model
-from gradaccum.verdicts import CLOSE, Facts, kind_of
-
-COORDINATES = 100_000  # of the parameters: enough for weights to 5e-10, and 2.5 GB less for 9 million parameters
+from gradaccum.solving import Noted, Solution, Solver, Step, windows_of
+from gradaccum.verdicts import Facts, kind_of
 
 
 @dataclass
@@ -50,40 +47,25 @@ class Update:
     verdict: str = ""
 
 
-@dataclass
-class _Step:
-    """What is kept of a step until the block ends."""
-
-    drawn: int  # micro-batches until then
-    tensors: list[Tensor]  # parameters and buffers as they were before it, on the CPU
-    modes: list[bool]
-    gradient: Tensor = field(default_factory=lambda: torch.empty(0))  # sampled coordinates, in float64
-
-
 class Audit:
     """The context that `audit` returns, and after the block its findings: `updates`, and a table as `str()`."""
 
     def __init__(
         self,
-        model: Model,
-        optimizer: Any,
+        modules: list[nn.Module],
+        optimizer: torch.optim.Optimizer,
         loss_sum: Callable[[Any], Tensor],
         count: Callable[[Any], Any],
         accumulation_steps: int,
-        updates: int | None,
+        limit: int | None,
     ) -> None:
         self.updates: list[Update] = []
-        self._optimizer = _raw(optimizer)
-        modules = refusals.modules_of(model)
-        own = {id(each) for module in modules for each in module.parameters()}
-        trained = [each for group in self._optimizer.param_groups for each in group["params"] if each.requires_grad]
-        others = [each for each in trained if id(each) not in own]
-        self._modules = [*modules, nn.ParameterList(others)] if others else modules
-        self._trained, self._loss_sum, self._count = trained, loss_sum, count
-        self._k, self._limit = accumulation_steps, updates
-        self._drawn: list[tuple[int, Any]] = []  # epoch, micro-batch
-        self._epochs, self._steps, self._handles = 0, list[_Step](), list[Any]()
-        self._sample = _coordinates(trained)
+        self._optimizer, self._count, self._k, self._limit = optimizer, count, accumulation_steps, limit
+        trained = [each for group in optimizer.param_groups for each in group["params"] if each.requires_grad]
+        own = set(refusals.named(modules, "parameters").values())
+        others = nn.ParameterList(each for each in trained if each not in own)
+        self._noted = Noted([*modules, others], trained, loss_sum)
+        self._epochs, self._handles = 0, list[Any]()
 
     def __call__(self, micro_batches: Iterable[Any]) -> _Noted:
         """Return the same micro-batches, each noted as it is drawn; each `iter()` is a new epoch."""
@@ -94,7 +76,8 @@ class Audit:
 
         A collator in a worker process notes nothing here: use `num_workers=0` for the audit.
         """
-        self._drawn.append((self._epochs, copy.copy(micro_batch) if _is_container(micro_batch) else micro_batch))
+        keep = copy.copy(micro_batch) if isinstance(micro_batch, Mapping | list) else micro_batch  # loops pop labels
+        self._noted.drawn.append((self._epochs, keep))
         return micro_batch
 
     def __enter__(self) -> Self:
@@ -109,30 +92,96 @@ class Audit:
     ) -> None:
         for handle in self._handles:
             handle.remove()
+        steps = self._noted.steps
+        steps[:] = [step for step in steps if step.drawn >= 0]  # a step that raised is none
         if kind is None:
-            self.updates = _Solver(self).rows()
-        self._steps.clear()
+            self.updates = self._solved()
+        steps.clear()
 
     def __str__(self) -> str:
-        return _table(self.updates)
+        return "\n".join(_lines(self.updates)) or "No update was seen."
 
-    # A step may run the loop's forward and backward itself (Lightning's closure), and a fused optimizer takes a scale off
-    # in it: so parameters are read before it, and gradients after it.
+    # A step may run the loop's forward and backward itself (Lightning's closure), and in it a fused optimizer takes the
+    # scale off: so parameters are read before it, and gradients after it.
     def _before_step(self, *_: Any) -> None:
-        if self._limit is None or len(self._steps) < self._limit:
-            tensors = [each.detach().to("cpu", copy=True) for each in self._tensors()]
-            self._steps.append(_Step(-1, tensors, [module.training for module in self._inner()]))
+        noted = self._noted
+        if self._limit is None or len(noted.steps) < self._limit:
+            tensors = [each.detach().to("cpu", copy=True) for each in noted.tensors()]
+            noted.steps.append(Step(-1, tensors, [module.training for module in noted.inner()]))
 
     def _after_step(self, *_: Any) -> None:
-        if self._steps and self._steps[-1].drawn < 0:
-            self._steps[-1].drawn = len(self._drawn)
-            self._steps[-1].gradient = _sampled([each.grad for each in self._trained], self._trained, self._sample)
+        if (steps := self._noted.steps) and steps[-1].drawn < 0:
+            steps[-1].drawn, steps[-1].gradient = len(self._noted.drawn), self._noted.gradient()
 
-    def _tensors(self) -> list[Tensor]:
-        return [each for what in ("parameters", "buffers") for each in refusals.named(self._modules, what).values()]
+    def _solved(self) -> list[Update]:
+        noted, windows = self._noted, windows_of(self._noted.drawn, self._k)
+        if noted.steps and not noted.steps[0].drawn:
+            raise RuntimeError(
+                "No micro-batch was noted before the first step: draw from seen(loader), or call seen.note in a "
+                "collator of this process (num_workers=0)."
+            )
+        counts = [float(self._count(micro_batch)) for _, micro_batch in noted.drawn]
+        solutions = Solver(noted, windows, counts).solutions()
+        weighted = {index for solution in solutions for index in solution.weights}
+        rows = []
+        for step, solution in zip(noted.steps, solutions, strict=True):
+            window = windows[solution.window]
+            others = weighted - set(solution.weights)
+            rows.append((float(step.drawn), self._row(solution, window, counts, others)))
+        taken = {solution.window for solution in solutions}
+        last = len(windows) if self._limit is None else max(taken, default=-1)
+        for number, window in enumerate(windows[:last]):
+            never = [index for index in window if index not in weighted]
+            if never and number not in taken:
+                right = _shares([counts[index] for index in window])
+                many = f"{len(never)} micro-batch{'es were' if len(never) > 1 else ' was'}"
+                sentence = f"{many} drawn, and no step came."
+                row = Update(never, [0.0] * len(never), right[-len(never) :], 0.0, 1.0, 0.0, LEFT_OVER, sentence)
+                rows.append((never[-1] + 0.5, row))
+        return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
 
-    def _inner(self) -> list[nn.Module]:
-        return [module for outer in self._modules for module in outer.modules()]
+    def _row(self, solution: Solution, window: list[int], counts: list[float], others: set[int]) -> Update:
+        outside = {index: weight for index, weight in sorted(solution.weights.items()) if index not in window}
+        own = [counts[index] for index in window]
+        weights, right = [solution.weights.get(index, 0.0) for index in window], _shares(own)
+        kind, verdict = kind_of(
+            Facts(
+                weights=weights,
+                right=right,
+                counts=own,
+                steps=self._k,
+                outside=outside,
+                elsewhere=len(others.intersection(window)),
+                earlier=solution.earlier,
+                residual=solution.residual,
+                uncertainty=solution.uncertainty,
+                finite=solution.finite,
+                suspects=self._suspects(),
+            )
+        )
+        return Update(
+            [*window, *outside],
+            [*weights, *outside.values()],
+            [*right, *[0.0] * len(outside)],
+            solution.earlier,
+            solution.error,
+            solution.residual,
+            kind,
+            verdict,
+        )
+
+    def _suspects(self) -> list[str]:
+        draws = {type(module).__name__ for module in self._noted.inner() if module.training and _draws(module)}
+        suspects = [f"{name}, which draws anew (audit with its p = 0)" for name in sorted(draws)]
+        if isinstance(self._optimizer, torch.optim.LBFGS):
+            suspects.append("LBFGS, which moves inside its step")
+        distributed = torch.distributed
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            suspects.append("other processes' micro-batches")
+        return suspects
+
+
+LEFT_OVER = "left over, never stepped"
 
 
 def audit(
@@ -187,7 +236,20 @@ def audit(
         raise ValueError(f"accumulation_steps must be an int of at least 1, but {accumulation_steps!r} was given.")
     modules = refusals.modules_of(model)
     refuse_to_borrow(modules, None)
-    return Audit(modules, optimizer, loss_sum, count, accumulation_steps, updates)
+
+    def one_loss(given: Any, name: str) -> Any:
+        if isinstance(given, Mapping):
+            raise TypeError(f"audit takes one loss, but {name} returned a dict: audit each loss of several alone.")
+        return given
+
+    return Audit(
+        modules,
+        _raw(optimizer),
+        lambda micro_batch: one_loss(loss_sum(micro_batch), "loss_sum"),
+        lambda micro_batch: one_loss(count(micro_batch), "count"),
+        accumulation_steps,
+        updates,
+    )
 
 
 class _Noted:
@@ -213,210 +275,6 @@ class _Noted:
         return getattr(self._micro_batches, name)
 
 
-class _Solver:
-    """Solves an audit's steps, in order of time."""
-
-    def __init__(self, seen: Audit) -> None:
-        self.seen = seen
-        self.counts = [_counted(seen._count(micro_batch)) for _, micro_batch in seen._drawn]
-        self.windows: list[list[int]] = []  # as they are meant: k of an epoch, the last may be shorter
-        for index, (epoch, _) in enumerate(seen._drawn):
-            fresh = index == 0 or epoch != seen._drawn[index - 1][0] or len(self.windows[-1]) == seen._k
-            self.windows.append([index]) if fresh else self.windows[-1].append(index)
-        self.of = {index: number for number, window in enumerate(self.windows) for index in window}
-        self.taken: set[int] = set()  # windows that an update belongs to
-        self.columns: dict[int, Tensor] = {}  # of the step that is being solved, by micro-batch
-
-    def rows(self) -> list[Update]:
-        rows: list[tuple[float, Update]] = []
-        weighted: set[int] = set()
-        previous = None
-        for step in self.seen._steps:
-            if step.drawn < 0:  # its step raised
-                continue
-            with borrowed(self.seen._modules) as restart:
-                self.columns, self.restart, self.step = {}, restart, step
-                update = self._solve(step, previous)
-            weighted |= {index for index, weight in zip(update.micro_batches, update.weights, strict=True) if weight}
-            rows.append((step.drawn, update))
-            previous = step.gradient
-        last = max(self.taken, default=-1) if self.seen._limit is not None else len(self.windows)
-        for number, window in enumerate(self.windows[: last + 1]):
-            never = [index for index in window if index not in weighted]
-            if number not in self.taken and never:
-                total = sum(self.counts[index] for index in window)
-                right = [self.counts[index] / total if total else 0.0 for index in never]
-                sentence = f"{len(never)} micro-batches were drawn, and no step came for them."
-                verdict = "left over, never stepped"
-                rows.append(
-                    (never[-1] + 0.5, Update(never, [0.0] * len(never), right, 0.0, 1.0, 0.0, verdict, sentence))
-                )
-        return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
-
-    def _solve(self, step: _Step, previous: Tensor | None) -> Update:
-        drawn = range(step.drawn)
-        if not drawn:
-            return Update(
-                [],
-                [],
-                [],
-                kind="does not fit",
-                verdict="No micro-batch was noted before this step: draw through "
-                "seen(loader), or note in a collator of this process (num_workers=0).",
-            )
-        expected = max(self.taken, default=-1) + 1
-        expected = min(expected, self.of[drawn[-1]])
-        if not step.gradient.isfinite().all():
-            return self._row(step, expected, {}, 0.0, 0.0, 0.0, finite=False)
-        near = [
-            index for number in range(expected - 2, expected + 3) for index in self._window(number) if index in drawn
-        ]
-        base = [index for index in self.windows[expected] if index in drawn]
-        leak = previous is not None and bool(previous.any())
-        tries = [(base, False), (base, leak), (near, False), (near, leak), (list(drawn)[-8 * self.seen._k :], leak)]
-        best: tuple[float, dict[int, float], float, float] | None = None
-        for some, with_leak in tries:
-            solved = self._weights(some, previous if with_leak else None, base)
-            if solved and (best is None or solved[0] < 0.5 * best[0]):
-                best = solved
-            if best and best[0] <= CLOSE:
-                break
-        if best is None:
-            return self._row(step, expected, {}, 0.0, 0.0, math.inf)
-        residual, weights, earlier, uncertainty = best
-        kept = {index: weight for index, weight in weights.items() if abs(weight) > CLOSE / self.seen._k}
-        return self._row(step, self._belongs(kept, expected), kept, earlier, residual, uncertainty)
-
-    def _window(self, number: int) -> list[int]:
-        return self.windows[number] if 0 <= number < len(self.windows) else []
-
-    def _belongs(self, weights: Mapping[int, float], expected: int) -> int:
-        """Return the window with which an update shares most weight, of those that no other update has."""
-        shares: dict[int, float] = {}
-        for index, weight in weights.items():
-            shares[self.of[index]] = shares.get(self.of[index], 0.0) + abs(weight)
-        free = {number: share for number, share in shares.items() if number not in self.taken}
-        return max(free or shares or {expected: 1.0}, key=lambda number: (free or shares or {expected: 1.0})[number])
-
-    def _weights(
-        self, some: Sequence[int], previous: Tensor | None, base: Sequence[int]
-    ) -> tuple[float, dict[int, float], float, float] | None:
-        """Return residual, weights, the factor of the previous gradient, and how far off a weight may be."""
-        indices: list[int] = []
-        columns: list[Tensor] = []
-        for index in [*base, *(each for each in some if each not in base)]:
-            column = self._column(index)
-            if column is None:
-                continue
-            if index not in base and any(_equal(column, other) for other in columns):
-                continue  # the same micro-batch, drawn in another epoch
-            indices.append(index)
-            columns.append(column)
-        matrix = torch.stack(columns + ([previous] if previous is not None else []), dim=1) if columns else None
-        gradient = self.step.gradient
-        size = gradient.norm().item()
-        if matrix is None or len(gradient) <= matrix.shape[1]:
-            return None
-        lengths = matrix.norm(dim=0).clamp(min=1e-300)
-        solution = torch.linalg.lstsq(matrix / lengths, gradient[:, None], driver="gelsd").solution[:, 0]
-        residual = (matrix / lengths @ solution - gradient).norm().item() / size if size else 0.0
-        smallest = torch.linalg.svdvals(matrix / lengths)[-1].item()
-        found = (solution / lengths).tolist()
-        rounding = max(residual, self._rounding()) * size
-        uncertainty = rounding / max(smallest, 1e-300) / lengths[: len(indices)].min().item()
-        earlier = found.pop() if previous is not None else 0.0
-        return residual, dict(zip(indices, found, strict=True)), earlier, uncertainty
-
-    def _rounding(self) -> float:
-        return max(torch.finfo(each.dtype).eps for each in self.seen._trained)
-
-    def _column(self, index: int) -> Tensor | None:
-        """Return the mean gradient of a micro-batch at the parameters of this step, None if it counts nothing."""
-        if not self.counts[index]:
-            return None
-        if index not in self.columns:
-            seen, step = self.seen, self.step
-            self.restart()
-            for tensor, value in zip(seen._tensors(), step.tensors, strict=True):
-                tensor.data.copy_(value)
-            for module, training in zip(seen._inner(), step.modes, strict=True):
-                module.training = training
-            with torch.enable_grad():
-                loss = seen._loss_sum(seen._drawn[index][1])
-            if isinstance(loss, Mapping):
-                raise TypeError("audit takes one loss: let loss_sum return a tensor and count a number, not dicts.")
-            refusals.refuse_unless_scalar_with_graph(loss, f"micro-batch {index}")
-            with others_untouched(loss, refusals.named(seen._modules, "parameters").values()):
-                (loss / self.counts[index]).backward()  # type: ignore[no-untyped-call]
-            self.columns[index] = _sampled([each.grad for each in seen._trained], seen._trained, seen._sample)
-        return self.columns[index]
-
-    def _row(
-        self,
-        step: _Step,
-        number: int,
-        weights: Mapping[int, float],
-        earlier: float,
-        residual: float,
-        uncertainty: float,
-        finite: bool = True,
-    ) -> Update:
-        window = self.windows[number]
-        total = sum(self.counts[index] for index in window)
-        right = [self.counts[index] / total if total else 0.0 for index in window]
-        inside = [weights.get(index, 0.0) for index in window]
-        outside = {index: weight for index, weight in weights.items() if index not in window}
-        error = self._error(step, window, right) if finite else math.nan
-        counts = [self.counts[index] for index in window]
-        facts = Facts(
-            inside,
-            right,
-            counts,
-            self.seen._k,
-            outside,
-            earlier,
-            residual,
-            error,
-            uncertainty,
-            finite,
-            self._suspects(),
-        )
-        if not any(right):
-            kind, sentence = "does not fit", "Its window counts nothing: there is no right gradient."
-        else:
-            kind, sentence = kind_of(facts)
-        self.taken.add(number)
-        every = [*window, *sorted(outside)]
-        return Update(
-            every,
-            [*inside, *(outside[index] for index in sorted(outside))],
-            right + [0.0] * len(outside),
-            earlier,
-            error,
-            residual,
-            kind,
-            sentence,
-        )
-
-    def _error(self, step: _Step, window: Sequence[int], right: Sequence[float]) -> float:
-        columns = [(share, self._column(index)) for index, share in zip(window, right, strict=True) if share]
-        if not columns:
-            return math.nan
-        expected = sum(share * column for share, column in columns if column is not None)
-        size = expected.norm().item()  # type: ignore[union-attr]
-        return (step.gradient - expected).norm().item() / size if size else math.nan
-
-    def _suspects(self) -> list[str]:
-        found = {type(module).__name__ for module in self.seen._inner() if module.training and _draws(module)}
-        suspects = [f"{name}, which draws anew" for name in sorted(found)]
-        if isinstance(self.seen._optimizer, torch.optim.LBFGS):
-            suspects.append("LBFGS, which moves inside its step")
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            if torch.distributed.get_world_size() > 1:
-                suspects.append("other processes' micro-batches")
-        return suspects
-
-
 def _raw(optimizer: Any) -> torch.optim.Optimizer:
     raw = optimizer
     while isinstance(getattr(raw, "optimizer", None), torch.optim.Optimizer):  # accelerate's, Lightning's, Fabric's
@@ -426,60 +284,23 @@ def _raw(optimizer: Any) -> torch.optim.Optimizer:
     return raw
 
 
-def _is_container(micro_batch: Any) -> bool:
-    return isinstance(micro_batch, Mapping | list)
-
-
-def _counted(count: Any) -> float:
-    if isinstance(count, Mapping):
-        raise TypeError("audit takes one loss: let loss_sum return a tensor and count a number, not dicts.")
-    return float(count)
-
-
 def _draws(module: nn.Module) -> bool:
     name = type(module).__name__
     return ("Dropout" in name and getattr(module, "p", 1.0) > 0) or "DropPath" in name or "StochasticDepth" in name
 
 
-def _coordinates(parameters: Sequence[Tensor]) -> list[Tensor | None]:
-    """Return for each parameter the coordinates that are looked at, None for all of them."""
-    total = sum(each.numel() for each in parameters)
-    if total <= COORDINATES:
-        return [None] * len(parameters)
-    generator, chosen = torch.Generator().manual_seed(0), list[Tensor | None]()
-    for each in parameters:
-        many = min(each.numel(), max(16, each.numel() * COORDINATES // total))
-        chosen.append(torch.randint(each.numel(), (many,), generator=generator))
-    return chosen
+def _shares(counts: Sequence[float]) -> list[float]:
+    total = sum(counts)
+    return [count / total if total else 0.0 for count in counts]
 
 
-def _sampled(gradients: Iterable[Tensor | None], parameters: Sequence[Tensor], sample: list[Tensor | None]) -> Tensor:
-    parts = []
-    for gradient, parameter, chosen in zip(gradients, parameters, sample, strict=True):
-        flat = torch.zeros(parameter.numel()) if gradient is None else gradient.detach()
-        flat = (flat.to_dense() if flat.layout != torch.strided else flat).flatten()
-        flat = torch.view_as_real(flat).flatten() if flat.is_complex() else flat
-        parts.append((flat if chosen is None else flat[chosen.to(flat.device)]).to("cpu", torch.float64, copy=True))
-    return torch.cat(parts)
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return bool((one - other).norm() <= 1e-6 * one.norm())
-
-
-def _table(updates: Sequence[Update]) -> str:
-    """Lay out a row for each update: micro-batches, weights, right weights, and what that is."""
-    if not updates:
-        return "No update was seen."
-    lines = []
+def _lines(updates: Sequence[Update]) -> Iterator[str]:
+    """Lay out each update: its micro-batches and what that is, and below it the weights, got and right."""
     for number, update in enumerate(updates):
-        listed = _ranges(update.micro_batches)
-        weights, right = (" ".join(f"{each:.4f}" for each in some) for some in (update.weights, update.right))
-        lines.append(f"{number}: micro-batches {listed}: {update.kind}. {update.verdict}")
-        lines.append(f"   weights {weights}")
+        yield f"{number}: micro-batches {_ranges(update.micro_batches)}: {update.kind}. {update.verdict}"
+        yield f"   weights {' '.join(f'{each:.4f}' for each in update.weights)}"
         if update.kind != "right":
-            lines.append(f"   right   {right}")
-    return "\n".join(lines)
+            yield f"   right   {' '.join(f'{each:.4f}' for each in update.right)}"
 
 
 def _ranges(indices: Sequence[int]) -> str:

@@ -36,9 +36,9 @@ class Facts:
         counts: the items in each.
         steps: k, the accumulation steps that were asked for.
         outside: the weights of other micro-batches, by index.
+        elsewhere: how many of the window's micro-batches have a weight in another update.
         earlier: the factor of the gradient of the update before.
         residual: the share of the gradient that is no such sum.
-        error: of the gradient, relative to the right one.
         uncertainty: by how much a weight may be off.
         finite: whether the gradient is.
         suspects: what the model and the loop show that is no sum.
@@ -49,9 +49,9 @@ class Facts:
     counts: Sequence[float]
     steps: int
     outside: dict[int, float] = field(default_factory=dict)
+    elsewhere: int = 0
     earlier: float = 0.0
     residual: float = 0.0
-    error: float = 0.0
     uncertainty: float = 0.0
     finite: bool = True
     suspects: Sequence[str] = ()
@@ -76,9 +76,11 @@ def kind_of(facts: Facts) -> tuple[str, str]:
 
     if close(right) and not facts.outside:
         return "right", "Each micro-batch got its count over the window's."
+    if not facts.outside and all(abs(w - r) <= facts.uncertainty for w, r in zip(weights, right, strict=True)):
+        return ALIKE
     first_seen = next((index for index, weight in enumerate(weights) if abs(weight) > CLOSE * scale), many)
-    if many > 1 and first_seen == many - 1 and not facts.outside:
-        return KINDS[6], (
+    if many > 1 and first_seen == many - 1 and not facts.outside and not facts.elsewhere:
+        return "only the last micro-batch", (
             f"Only the last of {many} micro-batches is in it (weight {_number(weights[-1])}): "
             "gradients are cleared inside the window."
         )
@@ -86,27 +88,35 @@ def kind_of(facts: Facts) -> tuple[str, str]:
     if facts.outside or missing:
         return _cut_elsewhere(facts, missing)
     if close([1.0 if share else 0.0 for share in right]) and many > 1:
-        return KINDS[8], f"Each micro-batch got the weight 1: the gradient is {_too_large(facts)}. Divide by the count."
+        return (
+            "not divided",
+            f"Each micro-batch got the weight 1: the gradient is {_too_large(facts)}. Divide by the count.",
+        )
     if close(counts) and sum(counts) != 1:
-        return KINDS[8], (
+        return "not divided", (
             f"Each item got the weight 1: losses are summed, and the gradient is {sum(counts):g} times too large. "
             "Divide by the count."
         )
     over_k = [1 / k if share else 0.0 for share in right]
     if many < k and close(over_k):
-        return KINDS[9], (
+        return "a partial window over k", (
             f"Divided by k = {k}, and the window has {many}: its gradient is {_number(sum(weights))} of the right one. "
             "Divide by the window's own count."
         )
     if close([1 / many if share else 0.0 for share in right]):
-        return KINDS[10], (
+        return "each mean over k", (
             f"Each mean over {many}: micro-batches of {_listed(counts)} items got the same weight. "
             "Divide each sum by the window's count."
         )
     return _by_factor(facts)
 
 
+ALIKE = "cannot be told apart", "The micro-batches' gradients are too much alike, or the parameters too few."
+
+
 def _unless_known(facts: Facts) -> tuple[str, str] | None:
+    if not any(facts.right):
+        return "does not fit", "Its window counts nothing: there is no right gradient."
     if not facts.finite:
         return "not finite", "The gradient is infinite or NaN: a loss was, or its scale was too large."
     if facts.residual > CLOSE:
@@ -120,7 +130,7 @@ def _unless_known(facts: Facts) -> tuple[str, str] | None:
             f"Suspects: {', '.join(suspects)}."
         )
     if facts.uncertainty > 0.05 * min((share for share in facts.right if share), default=1.0):
-        return "cannot be told apart", "The micro-batches' gradients are too much alike, or the parameters too few."
+        return ALIKE
     if abs(facts.earlier) > CLOSE:
         return "gradients of an earlier update", (
             f"{_number(facts.earlier)} times the gradient of the update before is still in it: clear after each step."
@@ -130,18 +140,12 @@ def _unless_known(facts: Facts) -> tuple[str, str] | None:
 
 def _cut_elsewhere(facts: Facts, missing: Sequence[int]) -> tuple[str, str]:
     weights = [weight for index, weight in enumerate(facts.weights) if index not in missing] + [*facts.outside.values()]
-    held = len(weights)
-    if held and max(weights) - min(weights) > 0.5 * max(map(abs, weights)) and len(set(facts.counts)) == 1:
+    if weights and max(weights) - min(weights) > 0.5 * max(map(abs, weights)) and len(set(facts.counts)) == 1:
         return "does not fit", "It holds other micro-batches than its window, with weights that are not alike."
-    parts = []
-    if missing:
-        parts.append(f"{len(missing)} of its window's {len(facts.weights)} are not in it")
+    of = f"{len(facts.weights) - len(missing)} of its window's {len(facts.weights)} micro-batches"
     if facts.outside:
-        parts.append(f"{len(facts.outside)} of another window {'is' if len(facts.outside) == 1 else 'are'}")
-    return "cut elsewhere", (
-        f"The update holds {held} micro-batches, and {' and '.join(parts)}: the step comes at another index than "
-        f"every {facts.steps}th of an epoch."
-    )
+        of += f" and {len(facts.outside)} of others"
+    return "cut elsewhere", f"It holds {of}: the step comes elsewhere than after each {facts.steps} of an epoch."
 
 
 def _by_factor(facts: Facts) -> tuple[str, str]:
@@ -164,7 +168,7 @@ def _by_factor(facts: Facts) -> tuple[str, str]:
     alike = max(facts.weights) - min(facts.weights) <= CLOSE * max(facts.weights)
     if alike:
         return "does not fit", (
-            f"Each micro-batch got {_number(facts.weights[0])}, whatever it counts: a mean of means, and a further factor."
+            f"Each micro-batch got {_number(facts.weights[0])}, whatever it counts: a mean of means and a factor."
         )
     if all(0 < weight <= (1 + CLOSE) * share for weight, share in shares):
         return "clipped or divided inside", (
