@@ -7,6 +7,7 @@ for the light two. None speaks alone: each series has its own marker and line, h
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from textwrap import wrap
 from typing import Any
 
 from matplotlib import pyplot
@@ -96,6 +97,65 @@ def bars(axis: Axes, names: Sequence[str], values: Sequence[float], *, text: str
     axis.invert_yaxis()
     axis.margins(x=0.18)
     axis.set(**labels)
+
+
+def weights(seen: Any, *, title: str = "") -> Figure:
+    """Draw the weight that each micro-batch got as a bar, the one that it should have got as an outline.
+
+    Args:
+        seen: an audit after its block, or some of its updates: each has `micro_batches`, `weights`, `right`, `kind`.
+        title: above the figure.
+
+    Returns:
+        A figure; its label (`figure.get_label()`) is a sentence that says what is in it, for an alt text.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> update = SimpleNamespace(micro_batches=[0, 1], weights=[1.0, 1.0], right=[0.5, 0.5], kind="not divided")
+        >>> weights([update]).get_label()
+        'The weight that each of 2 micro-batches got, beside the right one. Update 0, not divided: 1, 1 for 0.5, 0.5.'
+    """
+    updates = list(getattr(seen, "updates", seen))
+    figure, (axis,) = panels([title], height=2.8)
+    figure.set_size_inches(8, 2.8)
+    many, place, ticks = sum(len(update.weights) for update in updates), 0.0, []
+    highest = max([weight for update in updates for weight in (*update.weights, *update.right)], default=1.0)
+    for number, update in enumerate(updates):
+        places = [place + index for index in range(len(update.weights))]
+        colour, hatch = COLOURS[number % len(DARK)], HATCHES[number % len(DARK)]
+        axis.bar(places, update.weights, 0.8, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
+        axis.bar(
+            places,
+            update.right,
+            0.8,
+            fill=False,
+            edgecolor="black",
+            linewidth=1.6 if many <= 16 else 0.9,
+            linestyle="--",
+        )
+        if many <= 16:
+            for x, weight in zip(places, update.weights, strict=True):
+                axis.annotate(f"{weight:.2g}", (x, max(weight, 0)), (0, 3), textcoords="offset points", ha="center")
+        if len(updates) <= 4 and places:
+            head = "\n".join(wrap(f"{number}: {update.kind}", max(12, 60 * len(places) // max(many, 1))))
+            axis.text((places[0] + places[-1]) / 2, 1.14 * highest, head, ha="center", va="bottom", color=colour)
+        ticks += list(zip(places, update.micro_batches, strict=True))
+        place += len(places) + 0.6
+    every = max(1, -(-len(ticks) // 20))
+    axis.set_xticks([x for x, _ in ticks[::every]], [str(name) for _, name in ticks[::every]])
+    axis.set(xlabel="micro-batch", ylabel="weight", ylim=(min(0.0, axis.get_ylim()[0]), 1.5 * highest))
+    axis.legend([Rectangle((0, 0), 1, 1, fill=False, linestyle="--")], ["should have got"], frameon=False)
+    parts = [
+        f"Update {number}, {update.kind}: {_numbers(update.weights)} for {_numbers(update.right)}."
+        for number, update in enumerate(updates)
+    ]
+    figure.set_label(f"The weight that each of {many} micro-batches got, beside the right one. {' '.join(parts)}")
+    return figure
+
+
+def _numbers(values: Sequence[float]) -> str:
+    shown = ", ".join(f"{value:.3g}" for value in values[:8])
+    return shown if len(values) <= 8 else f"{shown} and {len(values) - 8} more"
 
 
 def stacked_roles(
