@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import sys
-from collections import OrderedDict, UserDict
+from collections import UserDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from gradaccum import refusals
 
-_COPIED = {dict, OrderedDict, list, set}
+_CONTAINERS = (dict, list, set, deque)
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -79,20 +79,23 @@ def others_untouched(loss: Tensor, parameters: Iterable[Tensor]) -> Iterator[Non
 
 
 @contextmanager
-def borrowed(modules: Sequence[nn.Module], dtype: torch.dtype | None = None) -> Iterator[Callable[[], None]]:
+def borrowed(
+    modules: Sequence[nn.Module], dtype: torch.dtype | None = None, *, without_dropout: bool = False
+) -> Iterator[Callable[[], None]]:
     """Let the modules run on copies of their tensors, converted to `dtype`; give a function that starts afresh.
 
-    Afterwards tensors, `.grad`, modes, plain attributes and the random states (torch's, Python's, NumPy's) are what
-    they were.
+    Afterwards tensors, `.grad`, modes, the random states (torch's, Python's, NumPy's), and plain attributes that were
+    set to something else, are what they were.
     """
     parameters = list(refusals.named(modules, "parameters").values())
     saved = {tensor: tensor.data for tensor in [*parameters, *refusals.named(modules, "buffers").values()]}
     # Modes, buffers and parameters, also those that a forward puts in their place, and caches, one level deep.
     inner = [vars(module) for outer in modules for module in outer.modules()]
-    holders = [*inner, *(value for each in inner for value in each.values() if type(value) in _COPIED)]
+    holders = [*inner, *(value for each in inner for value in each.values() if isinstance(value, _CONTAINERS))]
     contents = [(holder, copy.copy(holder)) for holder in holders]
     grads = [(each, each.grad, each.requires_grad, getattr(each, "grad_dtype", None)) for each in parameters]
     states = [(write, read()) for read, write in _random_sources(saved)]
+    modes = [*([_InOneDtype(dtype)] if dtype else []), *([WithoutDropout()] if without_dropout else [])]
 
     def restart(convert_to: Callable[[Tensor], Tensor]) -> None:
         for holder, content in contents:
@@ -118,9 +121,16 @@ def borrowed(modules: Sequence[nn.Module], dtype: torch.dtype | None = None) -> 
                     parameter.grad_dtype = None  # it would round the gradient
             stack.callback(torch.set_default_dtype, torch.get_default_dtype())
             torch.set_default_dtype(dtype)  # for what the loss makes on its way
-            stack.enter_context(_InOneDtype(dtype))
-        restart(copied)
-        yield lambda: restart(copied)
+        for mode in modes:
+            stack.enter_context(mode)
+
+        def afresh() -> None:
+            restart(copied)
+            for mode in modes:
+                mode.reach_into_backward(modules)
+
+        afresh()
+        yield afresh
 
 
 def _put_back(grads: Sequence[tuple[Any, Any, bool, Any]]) -> None:
@@ -163,17 +173,53 @@ def random_state_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
             write(state)
 
 
-def _in(dtype: torch.dtype, given: torch.dtype) -> torch.dtype | None:
+def _in(dtype: torch.dtype | None, given: torch.dtype) -> torch.dtype | None:
     """Return what a tensor of the `given` dtype becomes in a run in `dtype`, None where it stays what it is."""
     if given.is_complex:
-        return {torch.float64: torch.complex128, torch.float32: torch.complex64}.get(dtype)
+        return {torch.float64: torch.complex128, torch.float32: torch.complex64}.get(dtype or given)
     return dtype if given.is_floating_point and given.itemsize > 1 else None  # 8 bits are meant to round
 
 
 _CASTS = {Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16}
 
 
-class _InOneDtype(TorchFunctionMode):
+class _Reaching(TorchFunctionMode):
+    """A mode that holds where backward runs a module again (checkpointing): autograd leaves modes behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen = True
+        return self.run(func, args, kwargs or {})
+
+    def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run a function of torch's, or something else for it."""
+        raise NotImplementedError
+
+    def reach_into_backward(self, modules: Sequence[nn.Module]) -> None:
+        """Enter again in each module's forward where this mode is found to be left."""
+        entered: list[bool] = []
+
+        def enter(*_: Any) -> None:
+            self.seen = False
+            torch.empty(0)  # any function that a mode sees
+            entered.append(not self.seen)
+            if entered[-1]:
+                self.__enter__()  # type: ignore[no-untyped-call]
+
+        def leave(*_: Any) -> None:
+            if entered.pop():
+                self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+        for module in (module for outer in modules for module in outer.modules()):
+            if not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
+                module.register_forward_pre_hook(enter)  # they go when attributes are put back
+                module.register_forward_hook(leave, always_call=True)
+
+
+class _InOneDtype(_Reaching):
     """Compute in one floating dtype whatever dtype a loss brings along or asks for.
 
     A target, a weight or a mask that a closure holds would else be refused (Float against Double), and a norm that
@@ -184,8 +230,9 @@ class _InOneDtype(TorchFunctionMode):
         super().__init__()
         self.dtype = dtype
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+    def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Convert what it is given; what it changes in place stays what it is."""
+        name = getattr(func, "__name__", "")
         if name in ("__get__", "__set__"):  # attributes
             return func(*args, **kwargs)
         if func in _CASTS:
@@ -200,11 +247,12 @@ _DROPOUTS = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", 
 _RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 
 
-class WithoutDropout(TorchFunctionMode):
+class WithoutDropout(_Reaching):
     """Dropout lets everything through, in whatever mode a module is, so that all else of that mode is seen."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, kwargs = getattr(func, "__name__", "").rstrip("_"), dict(kwargs or {})
+    def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Return a dropout's input; take it out of attention and recurrent layers."""
+        name, kwargs = getattr(func, "__name__", "").rstrip("_"), dict(kwargs)
         if name in _DROPOUTS:
             return args[0] if args else kwargs["input"]
         if name == "rrelu":
@@ -220,8 +268,13 @@ class WithoutDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def convert(given: Any, dtype: torch.dtype) -> Any:
-    """Return `given` with floating-point tensors, and dtypes, in `dtype`, also inside lists, tuples and dicts."""
+def convert(given: Any, dtype: torch.dtype | None) -> Any:
+    """Return `given` with floating-point tensors, and dtypes, in `dtype`, also inside lists, tuples and dicts.
+
+    These are new ones also for None: a loss may pop labels out of its batch.
+    """
+    if isinstance(given, Tensor | torch.dtype) and dtype is None:
+        return given
     if isinstance(given, Tensor):
         other = _in(dtype, given.dtype)
         return given if other is None else given.to(other)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gradaccum import refusals
 from gradaccum.accumulation import Counts, Sums, accumulate
-from gradaccum.borrowed import WithoutDropout, borrowed, convert, gradient_of, others_untouched, random_state
+from gradaccum.borrowed import borrowed, convert, gradient_of, others_untouched, random_state
 from gradaccum.gradients import relative_error
 
 
@@ -89,11 +89,11 @@ class Case:
         dtype: torch.dtype | None,
         eval_mode: Iterable[nn.Module] = (),
         pieces: Sequence[Any] | None = None,
+        nudged: bool = False,
     ) -> Compared:
-        """Run the whole batch, put everything back, and run the pieces."""
-        batch, pieces = self.batch, self.pieces if pieces is None else pieces
-        if dtype is not None:
-            batch, pieces = convert(batch, dtype), [convert(piece, dtype) for piece in pieces]
+        """Run the whole batch, put everything back, run the pieces; `nudged`, with each parameter one bit larger."""
+        batch = convert(self.batch, dtype)
+        pieces = [convert(piece, dtype) for piece in (self.pieces if pieces is None else pieces)]
         quiet, ends = [*self.quiet, *eval_mode], []
         with self._prepared(dtype) as restart:
             before = random_state(self.modules)
@@ -101,6 +101,8 @@ class Case:
                 restart()
                 for module in quiet:
                     module.training = False  # not eval(): what is inside it keeps its mode
+                for parameter in refusals.named(self.modules, "parameters").values() if nudged else ():
+                    parameter.data.mul_(1 + torch.finfo(parameter.dtype).eps)
                 gradients = run(given)
                 ends.append((gradients, self._remembered(), random_state(self.modules) != before))
             names = list(refusals.named(self.modules, "parameters"))
@@ -115,10 +117,7 @@ class Case:
             stack.enter_context(refusals.forgetting(self.modules))
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", "BatchNorm|Gradients of torch")  # the verdict says it
-            restart = stack.enter_context(borrowed(self.modules, dtype))
-            if self.without_dropout:
-                stack.enter_context(WithoutDropout())
-            yield restart
+            yield stack.enter_context(borrowed(self.modules, dtype, without_dropout=self.without_dropout))
 
     def _whole(self, batch: Any) -> list[Tensor | None]:
         return gradient_of(self.modules, batch, self.loss)
@@ -169,7 +168,7 @@ class Case:
                 if not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
                     module.register_forward_pre_hook(enter)  # and is rid of them when everything is put back
                     module.register_forward_hook(leave)
-            self.loss(self.batch if dtype is None else convert(self.batch, dtype))
+            self.loss(convert(self.batch, dtype))
         return ran, list(drawing)
 
 

@@ -99,7 +99,7 @@ def full_batch_gradient(
     modules = refusals.modules_of(model)
     refuse_to_borrow(modules, dtype)
     with borrowed(modules, dtype):
-        return gradient_of(modules, batch if dtype is None else convert(batch, dtype), loss)
+        return gradient_of(modules, convert(batch, dtype), loss)
 
 
 def _tensors(given: Gradients, name: str) -> Sequence[Tensor | None]:

@@ -109,7 +109,8 @@ def no_gradient_is_taken_away(
 ) -> Iterator[None]:
     """Raise if a hook clears the `.grad` that this backward makes, as an optimizer that steps in it must."""
     arrived: set[Any] = set()
-    handles = [parameter.register_post_accumulate_grad_hook(arrived.add) for parameter in parameters]
+    trained = [each for each in parameters if each.requires_grad]  # now: a loss may freeze what it does not train
+    handles = [each.register_post_accumulate_grad_hook(arrived.add) for each in trained]
     try:
         yield
     finally:

@@ -241,6 +241,7 @@ WRONG = {
     "an L2 term in each sum": (lambda: l2(times=False), SUM),
     "one count for two": (lambda: boxes("one"), SUM),
     "a penalty over the batch": (lambda: penalty(over_batch=True), SEE),
+    "no float64": (lambda: insisting(torch.float32, classes), SUM),
     "twice the loss": (lambda: by_items(mlp(), classes, lambda *a: 2 * classes_sum(*a)), "2 times that gradient"),
     "a mean for a sum": (lambda: by_items(mlp(), classes, classes), SUM),
 }
@@ -402,24 +403,28 @@ def at_the_optimum():
     return model, *(lambda r, how=how: mse_loss(model(x[r]), y[r], reduction=how) for how in ("mean", "sum")), len
 
 
-def only_float32():
-    """Off by more than rounding, in a dtype that it insists on."""
+class Kernel(torch.autograd.Function):
+    """Insists on a dtype, as a kernel does that is written for one."""
 
-    class Kernel(torch.autograd.Function):
-        @staticmethod
-        def forward(x):
-            assert x.dtype == torch.float32, "float32 only"
-            return x.clone()
+    @staticmethod
+    def forward(x, dtype):
+        assert x.dtype == dtype, f"{dtype} only"
+        return x.clone()
 
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            pass
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
 
-        @staticmethod
-        def backward(ctx, gradient):
-            return gradient
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
 
-    return by_items(mlp(), lambda *a: classes(Kernel.apply(a[0]), *a[1:]), classes)
+
+def insisting(dtype, total):
+    def of(function):
+        return lambda logits, targets, rows: function(Kernel.apply(logits, dtype), targets, rows)
+
+    return by_items(mlp().to(dtype), of(classes), of(total), x=X.to(dtype))
 
 
 own = torch.Generator().manual_seed(0)
@@ -434,7 +439,10 @@ CANNOT_TELL = {
     "the optimum": (at_the_optimum, "as small as the rounding of its parts"),
     "no gradient": (lambda: by_items(mlp(), *[lambda *a: 0 * classes(*a)] * 2), "is 0"),
     "not finite": (lambda: by_items(mlp(), lambda *a: classes(*a) * torch.inf, classes_sum), "is not finite"),
-    "no float64": (only_float32, "in float64 the loss fails (AssertionError: float32 only)"),
+    "no float64": (
+        lambda: insisting(torch.bfloat16, classes_sum),
+        "in float64 the loss fails (AssertionError: torch.bfloat16 only)",
+    ),
 }
 
 
@@ -523,10 +531,10 @@ def test_everything_is_put_back(fails):
         def call(rows):
             random.random()
             np.random.rand()
-            calls.append(rows)
-            if fails == name and len(calls) == 2:  # buffers have moved
+            calls.append(function(rows))
+            if fails == name:  # buffers have moved
                 raise KeyError("mine")
-            return function(rows)
+            return calls[-1]
 
         return call
 
@@ -676,9 +684,44 @@ def sparse(count):
     return model, lambda r: model(Y[r]).square().mean(), lambda r: model(Y[r]).square().sum(), count
 
 
+class Checkpointed(nn.Module):
+    """Runs forward again in the backward pass, where autograd leaves modes of functions behind."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.reentrant, self.inner = reentrant, nn.Sequential(nn.Linear(6, 6), nn.Dropout(), Upcast(), nn.Linear(6, 6))
+
+    def forward(self, x):
+        return checkpoint(self.inner, x, use_reentrant=self.reentrant)
+
+
+class Upcast(nn.Module):
+    """Computes in float32 whatever comes, as Llama's norm does."""
+
+    def forward(self, x):
+        return (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def freezing():
+    """A generator's loss that turns its discriminator off."""
+    model, judge = mlp(), nn.Linear(5, 1)
+
+    def loss(rows):
+        judge.requires_grad_(False)
+        return softplus(-judge(model(X[rows]))).mean()
+
+    return [model, judge], loss, lambda rows: loss(rows) * len(rows), len
+
+
 @pytest.mark.parametrize(
     ("build", "ok", "said"),
     [
+        *(
+            (lambda r=r, c=c: by_items(mlp(Checkpointed(r)), classes, classes_sum, c), c is len, "Dropout was left out")
+            for r in (True, False)
+            for c in (len, lambda rows: 2 * len(rows))
+        ),
+        (freezing, True, ""),
         (lambda: by_items(mlp(Standing()), classes, classes_sum), True, ""),
         (lambda: by_items(mlp(Rotary()), classes, classes_sum), True, ""),
         (lambda: by_items(mlp(Shadow()), classes, classes_sum), False, "elsewhere: 1.copy.weight"),
@@ -796,6 +839,28 @@ def test_what_cannot_be_borrowed_is_refused(model, dtype, error, said):
         check_split(model, ROWS, loss, ROWS.split(SIZES), loss_sum, count, dtype=dtype)
     with pytest.raises(error, match=re.escape(said)):
         full_batch_gradient(model, ROWS, loss, dtype=dtype)
+
+
+def test_compiled_models_get_a_verdict():
+    model = torch.compile(mlp(), backend="eager")
+    _, loss, loss_sum, count = by_items(model, classes, classes_sum)
+    assert check_split(model, ROWS, loss, ROWS.split(SIZES), loss_sum, count).ok
+    assert check_split(model, ROWS, loss, ROWS.split(SIZES), loss_sum, lambda rows: 1).ok is False
+
+
+def test_a_loss_may_take_labels_out_of_its_batch():
+    model = mlp()
+
+    def loss(batch, reduction="mean"):
+        return cross_entropy(model(batch["x"]), batch.pop("labels"), reduction=reduction)
+
+    def dicts(rows):
+        return {"x": X[rows], "labels": Y[rows]}
+
+    batch, pieces = dicts(ROWS), [dicts(rows) for rows in ROWS.split(SIZES)]
+    for count, ok in ((lambda b: len(b["x"]), True), (lambda b: 1, False)):
+        assert check_split(model, batch, loss, pieces, lambda b: loss(b, "sum"), count).ok is ok
+        assert [list(each) for each in (batch, *pieces)] == [["x", "labels"]] * 4
 
 
 def test_it_works_where_gradients_are_off():
