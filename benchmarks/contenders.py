@@ -68,9 +68,9 @@ class Still(torch.optim.Optimizer):
         return loss
 
 
-def loader(micro_batches: list[Any]) -> DataLoader[Any]:
-    """Give what a library's loop expects: a DataLoader that yields these micro-batches in this order."""
-    return DataLoader(micro_batches, batch_size=1, collate_fn=lambda samples: samples[0])
+def loader(micro_batches: list[Any], note: Callable[[Any], Any] = lambda micro_batch: micro_batch) -> DataLoader[Any]:
+    """Give what a library's loop expects: a DataLoader that yields these micro-batches in this order, noting each."""
+    return DataLoader(micro_batches, batch_size=1, collate_fn=lambda samples: note(samples[0]))
 
 
 def ours(task: Task, optimizer: torch.optim.Optimizer, k: int) -> Epoch:

@@ -1,7 +1,7 @@
-"""What each library does at the edges: a last partial window, and unequal token counts in a full one.
+"""Which weight each library gives to its micro-batches: equal ones, unequal ones, and those of a last, shorter window.
 
-Every row runs the library itself for two epochs with an optimizer that copies `.grad` at each step and changes nothing.
-As the weights stay, each copy is a sum of the micro-batches' own gradients, and least squares says which ones it holds.
+Every row runs the library itself for one epoch under `gradaccum.audit`, which solves each gradient that its optimizer
+steps with for the micro-batches' own. They are noted in the collator, which all libraries call.
 """
 
 import contextlib
@@ -34,18 +34,18 @@ from torch.nn import functional
 from tqdm import tqdm
 
 import gradaccum
-from gradaccum import full_batch_gradient, relative_error
+from gradaccum import audit
 from gradaccum.data import IGNORED
 from gradaccum.models import GPT
 
 K = 4
-EQUAL = [4, 4, 4, 4, 4, 4]  # lines in each micro-batch, all of one length: a window of 4, then one of 2
-UNEQUAL = [1, 9, 2, 3]  # lines of any length: one full window
-LENGTH = 16
+EQUAL, UNEQUAL, REST = [4, 4, 4, 4], [1, 9, 2, 3], [4, 4]  # lines in each micro-batch of the three windows
+WINDOWS = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+LENGTH = 16  # of every line where counts are to be equal
 
 
 def lightning_trainer(task: Task, optimizer: torch.optim.Optimizer, k: int, *, manual: bool = False) -> Any:
-    """Run Lightning's Trainer, two epochs in one call; `manual` is the loop of its manual optimization guide."""
+    """Run Lightning's Trainer; `manual` is the loop of its manual optimization guide."""
     from lightning.pytorch import LightningModule, Trainer
 
     class Module(LightningModule):
@@ -67,34 +67,34 @@ def lightning_trainer(task: Task, optimizer: torch.optim.Optimizer, k: int, *, m
                 self.optimizers().zero_grad()
             return None
 
-    def epochs(micro_batches: Any) -> None:
+    def epoch(micro_batches: Any) -> None:
         off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-        trainer = Trainer(accelerator="cpu", max_epochs=2, accumulate_grad_batches=1 if manual else k, **off)
+        trainer = Trainer(accelerator="cpu", max_epochs=1, accumulate_grad_batches=1 if manual else k, **off)
         trainer.fit(Module(), micro_batches)
 
-    return epochs
+    return epoch
 
 
 def transformers_trainer(task: Task, optimizer: torch.optim.Optimizer, k: int, *, loss_function: Any = None) -> Any:
-    """Run transformers' Trainer, two epochs in one call, unshuffled and without its default clipping."""
+    """Run transformers' Trainer, unshuffled and without its default clipping."""
     from transformers import Trainer, TrainingArguments
 
     settings = {"max_grad_norm": 0.0, "train_sampling_strategy": "sequential", "remove_unused_columns": False}
     silent = {"report_to": [], "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "use_cpu": True}
-    batches = {"num_train_epochs": 2, "per_device_train_batch_size": 1, "gradient_accumulation_steps": k}
+    batches = {"num_train_epochs": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": k}
 
-    def epochs(micro_batches: Any) -> None:
+    def epoch(micro_batches: Any) -> None:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             Trainer(
                 model=task.model,
                 args=TrainingArguments(output_dir=folder, **batches, **settings, **silent),
                 train_dataset=micro_batches.dataset,
-                data_collator=lambda samples: samples[0],
+                data_collator=micro_batches.collate_fn,
                 optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)),
                 compute_loss_func=loss_function,
             ).train()
 
-    return epochs
+    return epoch
 
 
 def shifted_loss(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
@@ -136,11 +136,19 @@ def llama(vocabulary: int) -> Task:
     return labelled(LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=2, use_cache=False)))
 
 
+def gpt2(vocabulary: int) -> Task:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"vocab_size": vocabulary, "n_positions": 96, "n_embd": 32, "n_layer": 1, "n_head": 2}
+    return labelled(GPT2LMHeadModel(GPT2Config(**sizes, use_cache=False, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)))
+
+
 def sample_of(pair: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """Give the same tokens as unshifted labels: one position more, its first label ignored."""
+    """Give the same tokens as unshifted labels: one position more, whose label no model counts after its shift."""
     inputs, targets = pair
-    labels = torch.cat([torch.full_like(targets[:, :1], IGNORED), targets], dim=1)
-    return {"input_ids": torch.cat([inputs, targets[:, -1:].clamp(min=0)], dim=1), "labels": labels}
+    tokens = torch.cat([inputs, targets[:, -1:].clamp(min=0)], dim=1)
+    labels = torch.cat([inputs[:, :1], targets], dim=1)
+    return {"input_ids": tokens, "labels": labels}
 
 
 def summed_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
@@ -186,101 +194,74 @@ ROWS = [
     Row("Lightning Trainer", "`accumulate_grad_batches`", lightning_trainer, NO_OPTION, TRICKS),
     Row("Lightning Trainer", "manual optimization, the guide's loop", MANUAL, AS_WRITTEN, MANUALLY),
     Row("transformers Trainer", "a tiny LlamaForCausalLM", transformers_trainer, BY_MODEL, TRAINER, llama),
+    Row("transformers Trainer", "a tiny GPT2LMHeadModel", transformers_trainer, BY_MODEL, TRAINER, gpt2),
     Row("transformers Trainer", "own model, mean loss", transformers_trainer, BY_FUNCTION, TRANSFORMERS, own_model),
     Row("transformers Trainer", "own model, `compute_loss_func`", WITH_LOSS, BY_FUNCTION, TRANSFORMERS, own_model),
     Row("gradaccum", "`windows` and `accumulate`", ours, "the rule itself: count the window first"),
 ]
 
 
-def micro_batches_of(sizes: list[int], length: int | None) -> tuple[int, list[tuple[Tensor, Tensor]]]:
+def micro_batches_of() -> tuple[int, list[tuple[Tensor, Tensor]]]:
     characters, lines = names()
-    stream = iter([line[:length] for line in lines if length is None or len(line) >= length])
-    return len(characters), [characters.batch([next(stream) for _ in range(size)]) for size in sizes]
+    stream, long = iter(lines), iter([line[:LENGTH] for line in lines if len(line) >= LENGTH])
+    sizes = [(size, long) for size in EQUAL] + [(size, stream) for size in UNEQUAL] + [(size, long) for size in REST]
+    return len(characters), [characters.batch([next(source) for _ in range(size)]) for size, source in sizes]
 
 
-def flat(gradient: list[Tensor]) -> Tensor:
-    return torch.cat([tensor.detach().double().flatten() for tensor in gradient])
-
-
-def steps_of(row: Row, sizes: list[int], length: int | None) -> tuple[Any, list[tuple[int, Tensor, set[int]]]]:
-    """Run two epochs: for each step its epoch, its gradient, and the micro-batches which that gradient holds.
-
-    Also gives `right`: the gradient of the mean loss over some of the micro-batches.
-    """
-    vocabulary, data = micro_batches_of(sizes, length)
+def measure(row: Row) -> dict[str, Any]:
+    vocabulary, data = micro_batches_of()
     torch.manual_seed(0)
     task = row.task(vocabulary)
     if row.task is not pairs:
         data = [sample_of(pair) for pair in data]
-    forwards: list[None] = []
-
-    def mean(some: list[Any]) -> Tensor:
-        return sum(task.loss_sum(task.model, each) for each in some) / sum(task.count(each) for each in some)
-
-    def right(some: Any) -> Tensor:
-        return flat(full_batch_gradient(task.model, [data[index] for index in sorted(some)], mean))
-
-    alone = torch.stack([right([index]) for index in range(len(data))], dim=1)
-    copies: list[tuple[int, Tensor]] = []
-    optimizer = Still(task.model.parameters(), lambda gradient: copies.append((len(forwards), flat(gradient))))
-    run = row.contender(task, optimizer, K)
-    hook = task.model.register_forward_pre_hook(lambda *_: forwards.append(None))
-    while len(forwards) < 2 * len(data):  # a trainer runs both epochs at once
-        run(loader(data))
-    hook.remove()
-    steps = []
-    for after, gradient in copies:
-        share = torch.linalg.lstsq(alone, gradient[:, None]).solution[:, 0].tolist()
-        held = {index for index, part in enumerate(share) if abs(part) > 1e-3}
-        steps.append(((after - 1) // len(data), gradient, held))
-    return right, steps
-
-
-def measure(row: Row) -> dict[str, Any]:
-    right, steps = steps_of(row, EQUAL, LENGTH)
-    rest = {K, K + 1}
-    own = next((gradient for _, gradient, held in steps if held == rest), None)
-    ratio = None if own is None else round((own @ right(rest) / right(rest).square().sum()).item(), 3)
-    leaks = any(epoch == 1 and held & rest and 0 in held for epoch, _, held in steps)
-    right_unequal, unequal = steps_of(row, UNEQUAL, None)
-    full = next(gradient for _, gradient, held in unequal if len(held) == K)
+    optimizer = Still(task.model.parameters())
+    with audit(task.model, optimizer, partial(task.loss_sum, task.model), task.count, accumulation_steps=K) as seen:
+        row.contender(task, optimizer, K)(loader(data, seen.note))
     return {
         "library": row.library,
         "version": VERSIONS[row.library] if row.library in VERSIONS else version(row.library.split()[0].lower()),
         "how": row.how,
-        "partial_window_ratio": ratio,
-        "partial_window": "stepped" if own is not None else "leaks into the next epoch" if leaks else "dropped",
-        "micro_batches_per_step": [len(held) for _, _, held in steps],
-        "unequal_counts_error": float(f"{relative_error(full, right_unequal(range(K))):.1e}"),
+        "updates": [
+            {
+                "micro_batches": update.micro_batches,
+                "weights": [round(weight, 4) for weight in update.weights],
+                "right": [round(share, 4) for share in update.right],
+                "error": float(f"{update.error:.1e}"),
+                "kind": update.kind,
+            }
+            for update in seen.updates
+        ],
         "documentation": row.documentation,
         "url": row.url,
     }
+
+
+def of_window(row: dict[str, Any], window: list[int]) -> dict[str, Any]:
+    """Give what was found for the update that holds most of a window."""
+    return max(row["updates"], key=lambda update: len(set(update["micro_batches"]) & set(window)))
+
+
+def cell(update: dict[str, Any]) -> str:
+    weights = " ".join(f"{weight:.4f}" for weight in update["weights"])
+    error = f", {update['error']:.0%} off" if update["error"] >= 0.005 else ""
+    return f"{weights} ({update['kind']}{error})"
 
 
 def run(quick: bool) -> tuple[str, dict[str, Any] | None]:
     quiet()
     rows = [row for row in ROWS if installed(row.library)]
     measured = [measure(row) for row in tqdm(rows, desc="edges", leave=False)]
-    counts = [int((targets != IGNORED).sum()) for _, targets in micro_batches_of(UNEQUAL, None)[1]]
     lines = []
     for row in measured:
-        ratio, error, link = row["partial_window_ratio"], row["unequal_counts_error"], row["url"]
-        lines.append(
-            [
-                f"{row['library']} {row['version']}".strip(),
-                row["how"],
-                "none" if ratio is None else f"{ratio:.3f}",
-                f"{row['partial_window']} ({', '.join(map(str, row['micro_batches_per_step']))})",
-                f"{error:.1%}" if error > 1e-4 else f"{error:.0e}",
-                f"[{row['documentation']}]({link})" if link else row["documentation"],
-            ]
-        )
+        found = [cell(of_window(row, window)) for window in WINDOWS]
+        source = f"[{row['documentation']}]({row['url']})" if row["url"] else row["documentation"]
+        lines.append([f"{row['library']} {row['version']}".strip(), row["how"], *found, source])
+    counts = [int((targets != IGNORED).sum()) for _, targets in micro_batches_of()[1]]
+    tokens = " + ".join(str(counts[index]) for index in WINDOWS[1])
+    head = ["library", "how", "equal", f"unequal ({tokens} tokens)", f"2 left over of k = {K}", "documentation"]
     meaning = {
-        "partial_window_ratio": "gradient at the step of 2 left-over micro-batches (k = 4) over the right one, or null",
-        "micro_batches_per_step": "how many micro-batches each step held, over two epochs of 6",
-        "unequal_counts_error": f"relative gradient error of a full window of {counts} target tokens",
+        "updates": "each optimizer step: the micro-batches in it, the weight that each got, and the right one",
+        "windows": f"0 to 3 are equal, 4 to 7 have {tokens} target tokens, 8 and 9 are left over of k = {K}",
     }
-    unequal = f"unequal counts ({' + '.join(map(str, counts))} tokens)"
-    text = table(["library", "how", "left over: ratio", "left over: where", unequal, "documentation"], lines)
     complete = len(rows) == len(ROWS)
-    return "\n".join(text).rstrip(), {"columns": meaning, "rows": measured} if complete else None
+    return "\n".join(table(head, lines)).rstrip(), {"columns": meaning, "rows": measured} if complete else None

@@ -189,10 +189,11 @@ def shuffled(lines: Sequence[str], seed: int) -> list[str]:
 
 
 def library_record() -> dict[str, Any]:
-    """Return what other libraries did at the edges of a window, as `benchmarks/run.py edges` measured and wrote it.
+    """Return which weights other libraries gave to micro-batches, as `benchmarks/run.py edges` measured and wrote it.
 
     Returns:
-        "provenance": date, versions, machine and command; "rows": one dict for each way to use a library.
+        "provenance": date, versions, machine and command; "rows": one dict for each way to use a library, whose
+        "updates" have micro-batches, weights, right weights, error and kind.
 
     Example:
         >>> library_record()["provenance"]["command"]

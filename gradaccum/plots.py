@@ -99,11 +99,12 @@ def bars(axis: Axes, names: Sequence[str], values: Sequence[float], *, text: str
     axis.set(**labels)
 
 
-def weights(seen: Any, *, title: str = "") -> Figure:
+def weights(seen: Any, names: Sequence[str] = (), *, title: str = "") -> Figure:
     """Draw the weight that each micro-batch got as a bar, the one that it should have got as an outline.
 
     Args:
         seen: an audit after its block, or some of its updates: each has `micro_batches`, `weights`, `right`, `kind`.
+        names: of the updates, instead of their numbers and kinds.
         title: above the figure.
 
     Returns:
@@ -116,6 +117,7 @@ def weights(seen: Any, *, title: str = "") -> Figure:
         'The weight that each of 2 micro-batches got, beside the right one. Update 0, not divided: 1, 1 for 0.5, 0.5.'
     """
     updates = list(getattr(seen, "updates", seen))
+    heads = list(names) or [f"{number}: {update.kind}" for number, update in enumerate(updates)]
     figure, (axis,) = panels([title], height=2.8)
     figure.set_size_inches(8, 2.8)
     many, place, ticks = sum(len(update.weights) for update in updates), 0.0, []
@@ -134,20 +136,21 @@ def weights(seen: Any, *, title: str = "") -> Figure:
             linestyle="--",
         )
         if many <= 16:
-            for x, weight in zip(places, update.weights, strict=True):
-                axis.annotate(f"{weight:.2g}", (x, max(weight, 0)), (0, 3), textcoords="offset points", ha="center")
+            for x, weight, share in zip(places, update.weights, update.right, strict=True):
+                top = max(weight, share) if abs(weight - share) < 0.1 * highest else max(weight, 0.0)  # not on a line
+                axis.annotate(f"{weight:.2g}", (x, top), (0, 3), textcoords="offset points", ha="center")
         if len(updates) <= 4 and places:
-            head = "\n".join(wrap(f"{number}: {update.kind}", max(12, 60 * len(places) // max(many, 1))))
+            head = "\n".join(wrap(heads[number], max(10, 72 * len(places) // many), break_long_words=False))
             axis.text((places[0] + places[-1]) / 2, 1.14 * highest, head, ha="center", va="bottom", color=colour)
         ticks += list(zip(places, update.micro_batches, strict=True))
         place += len(places) + 0.6
     every = max(1, -(-len(ticks) // 20))
     axis.set_xticks([x for x, _ in ticks[::every]], [str(name) for _, name in ticks[::every]])
-    axis.set(xlabel="micro-batch", ylabel="weight", ylim=(min(0.0, axis.get_ylim()[0]), 1.5 * highest))
-    axis.legend([Rectangle((0, 0), 1, 1, fill=False, linestyle="--")], ["should have got"], frameon=False)
+    lowest = min(0.0, axis.get_ylim()[0])
+    axis.set(xlabel="micro-batch", ylabel="weight (dashed: the right one)", ylim=(lowest, 1.5 * highest))
     parts = [
-        f"Update {number}, {update.kind}: {_numbers(update.weights)} for {_numbers(update.right)}."
-        for number, update in enumerate(updates)
+        f"{head}: {_numbers(update.weights)} for {_numbers(update.right)}."
+        for head, update in zip(names or [f"Update {n}, {u.kind}" for n, u in enumerate(updates)], updates, strict=True)
     ]
     figure.set_label(f"The weight that each of {many} micro-batches got, beside the right one. {' '.join(parts)}")
     return figure

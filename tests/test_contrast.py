@@ -5,6 +5,7 @@ import re
 from html.parser import HTMLParser
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 
 import jupyterlab
 import nbformat
@@ -131,6 +132,9 @@ def draw(function):
     """Draw with one of the figures' functions, with data that uses each of its colours."""
     if function is plots.stacked_timelines:
         return function({name: {role: [0, 10**6, 2 * 10**6] for role in ROLES} for name in ("k = 1", "k = 4")})
+    if function is plots.weights:
+        update = SimpleNamespace(micro_batches=[0, 1], weights=[0.3, 1], right=[0.5, 0.5], kind="does not fit")
+        return function([update] * 4, title="a title")
     figure, (axis,) = plots.panels(["a title"])
     values = range(1, 5)
     arguments = {
