@@ -146,6 +146,7 @@ def weights(seen: Any, names: Sequence[str] = (), *, title: str = "") -> Figure:
         place += len(places) + 0.6
     every = max(1, -(-len(ticks) // 20))
     axis.set_xticks([x for x, _ in ticks[::every]], [str(name) for _, name in ticks[::every]])
+    axis.xaxis.set_ticks_position("none")
     lowest = min(0.0, axis.get_ylim()[0])
     axis.set(xlabel="micro-batch", ylabel="weight (dashed: the right one)", ylim=(lowest, 1.5 * highest))
     parts = [

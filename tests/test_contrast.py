@@ -65,6 +65,8 @@ def behind(figure, artist):
     box = artist.get_window_extent().padded(-1)
     touched = []
     for patch in [*pages(figure), *(patch for axis in figure.axes for patch in axis.patches)]:
+        if face_and_edge(patch)[0][3] == 0:
+            continue  # an outline: nothing lies on it
         there = patch.get_window_extent()
         if there.x0 <= box.x0 and there.y0 <= box.y0 and there.x1 >= box.x1 and there.y1 >= box.y1:
             touched = [patch]
