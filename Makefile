@@ -2,7 +2,7 @@
 # Another Python: make lab PYTHON=python3.12; another port: make lab PORT=9999; anything else: make test ARGS="-k windows"
 # The repository's address: make address URL=https://github.com/owner/name; URL=none takes it away
 PYTHON ?= python3
-COMMANDS = test test-all test-browser notebooks lint benchmarks environment constraints work clean
+COMMANDS = test test-all test-browser test-peers notebooks lint benchmarks environment constraints work clean
 
 help:
 	@$(PYTHON) make.py

@@ -45,6 +45,7 @@ COMMANDS = {
     "test": "run the tests, in minutes (what follows goes to pytest: test -k windows)",
     "test-all": "run every test but the browser's, the slow ones too",
     "test-browser": "open every notebook in JupyterLab in Chromium, run it, move its widgets",
+    "test-peers": "run the tests beside accelerate, Lightning and transformers (installs those)",
     "notebooks": "make the notebooks from notebooks/source, all or the ones named",
     "address": "write the repository's address, and links to Binder, Colab, Kaggle, into every file (or: none)",
     "lint": "check style, types and spelling",
@@ -377,13 +378,21 @@ def main(arguments: list[str]) -> int:
     os.chdir(ROOT)
     if command == "lab":
         return lab(options.port, not options.no_browser, options.cuda)
-    if command in ("test", "test-all", "test-browser", "notebooks", "address", "lint", "benchmarks"):
-        set_up("dev,peers" if command == "benchmarks" else "dev", options.cuda)
-    if command in ("test", "test-all", "test-browser"):
+    if command in ("test", "test-all", "test-browser", "test-peers", "notebooks", "address", "lint", "benchmarks"):
+        set_up("dev,peers" if command in ("benchmarks", "test-peers") else "dev", options.cuda)
+    if command in ("test", "test-all", "test-browser", "test-peers"):
         # The slow tests measure time: alone. The order of the files is conftest's: the longest first.
-        quick = ["-m", "not slow and not browser", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
-        chosen = {"test": quick, "test-all": ["-m", "not browser"], "test-browser": ["-m", "browser"]}[command]
-        pytest = ["-m", "pytest", *chosen, "--durations=20", *rest]
+        quick = [
+            "-m",
+            "not slow and not browser and not peers",
+            "-n",
+            "2",
+            "--dist",
+            "loadfile",
+            "--no-loadscope-reorder",
+        ]
+        chosen = {"test": quick, "test-all": ["-m", "not browser and not peers"]}
+        pytest = ["-m", "pytest", *chosen.get(command, ["-m", command.removeprefix("test-")]), "--durations=20", *rest]
         return become(pytest, OMP_NUM_THREADS="1")  # two workers share the cores, unless the user says otherwise
     if command == "address":
         return become(["notebooks/source/build.py", f"--address={rest[0]}"])

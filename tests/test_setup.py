@@ -472,12 +472,14 @@ def test_each_command_sets_up_what_it_needs_and_hands_over_the_rest(make, monkey
     noted = []
     monkeypatch.setattr(make, "set_up", lambda extra, cuda: noted.append((extra, cuda)))
     monkeypatch.setattr(make, "become", lambda arguments, **variables: noted.append(" ".join(arguments)) or 7)
-    for command in ("test", "test-all", "test-browser", "notebooks", "benchmarks"):
+    for command in ("test", "test-all", "test-browser", "test-peers", "notebooks", "benchmarks"):
         assert make.main([command, "-k", "x", "--cuda"]) == 7
-    assert noted[0::2] == [("dev", True)] * 4 + [("dev,peers", True)]
-    quick = "not slow and not browser -n 2 --dist loadfile --no-loadscope-reorder"
-    assert noted[1:7:2] == [f"-m pytest -m {which} --durations=20 -k x" for which in (quick, "not browser", "browser")]
-    assert noted[7::2] == ["notebooks/source/build.py -k x", "benchmarks/run.py -k x"]
+    dev, peers = ("dev", True), ("dev,peers", True)
+    assert noted[0::2] == [dev, dev, dev, peers, dev, peers]
+    quick = "not slow and not browser and not peers -n 2 --dist loadfile --no-loadscope-reorder"
+    marks = (quick, "not browser and not peers", "browser", "peers")
+    assert noted[1:9:2] == [f"-m pytest -m {which} --durations=20 -k x" for which in marks]
+    assert noted[9::2] == ["notebooks/source/build.py -k x", "benchmarks/run.py -k x"]
     monkeypatch.setattr(make.sys, "platform", "linux")
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     for screen, wish in (("", []), (":0", ["--no-browser"]), (":0", [])):
