@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from gradaccum import refusals
 from gradaccum.borrowed import refuse_to_borrow
 from gradaccum.refusals import Model
-from gradaccum.solving import Noted, Solution, Solver, Step, windows_of
-from gradaccum.verdicts import Facts, kind_of
+from gradaccum.solving import Solution, Solver, Step, after_step, before_step, windows_of
+from gradaccum.verdicts import CLOSE, KINDS, Facts, kind_of
 
 
 @dataclass
@@ -60,12 +60,12 @@ class Audit:
         limit: int | None,
     ) -> None:
         self.updates: list[Update] = []
-        self._optimizer, self._count, self._k, self._limit = optimizer, count, accumulation_steps, limit
-        trained = [each for group in optimizer.param_groups for each in group["params"] if each.requires_grad]
+        self._optimizer, self._loss_sum, self._count = optimizer, loss_sum, count
+        self._k, self._limit = accumulation_steps, limit
         own = set(refusals.named(modules, "parameters").values())
-        others = nn.ParameterList(each for each in trained if each not in own)
-        self._noted = Noted([*modules, others], trained, loss_sum)
-        self._epochs, self._handles = 0, list[Any]()
+        others = [each for group in optimizer.param_groups for each in group["params"] if each not in own]
+        self._modules = [*modules, nn.ParameterList(others)]
+        self._drawn, self._steps, self._handles, self._epochs = list[tuple[int, Any]](), list[Step](), list[Any](), 0
 
     def __call__(self, micro_batches: Iterable[Any]) -> _Noted:
         """Return the same micro-batches, each noted as it is drawn; each `iter()` is a new epoch."""
@@ -76,11 +76,16 @@ class Audit:
 
         A collator in a worker process notes nothing here: use `num_workers=0` for the audit.
         """
-        keep = copy.copy(micro_batch) if isinstance(micro_batch, Mapping | list) else micro_batch  # loops pop labels
-        self._noted.drawn.append((self._epochs, keep))
+        if self._limit is None or len(self._steps) < self._limit or self._steps[-1].drawn < 0:
+            keep = (
+                copy.copy(micro_batch) if isinstance(micro_batch, Mapping | list) else micro_batch
+            )  # loops pop labels
+            self._drawn.append((self._epochs, keep))
         return micro_batch
 
     def __enter__(self) -> Self:
+        self._drawn.clear()
+        self._epochs = 0
         self._handles = [
             self._optimizer.register_step_pre_hook(self._before_step),
             self._optimizer.register_step_post_hook(self._after_step),
@@ -92,71 +97,100 @@ class Audit:
     ) -> None:
         for handle in self._handles:
             handle.remove()
-        steps = self._noted.steps
-        steps[:] = [step for step in steps if step.drawn >= 0]  # a step that raised is none
-        if kind is None:
-            self.updates = self._solved()
-        steps.clear()
+        self._steps[:] = [step for step in self._steps if step.drawn >= 0]  # a step that raised is none
+        try:
+            if kind is None:
+                self.updates = self._solved()
+        finally:
+            self._steps.clear()
+            self._drawn.clear()
 
     def __str__(self) -> str:
-        return "\n".join(_lines(self.updates)) or "No update was seen."
+        lines = list(_lines(self.updates)) or ["No update was seen."]
+        if self.updates and not self._epochs:
+            lines.append("Noted without epochs: one that ends in a shorter window shifts the windows after it.")
+        return "\n".join(lines)
 
     # A step may run the loop's forward and backward itself (Lightning's closure), and in it a fused optimizer takes the
     # scale off: so parameters are read before it, and gradients after it.
     def _before_step(self, *_: Any) -> None:
-        noted = self._noted
-        if self._limit is None or len(noted.steps) < self._limit:
-            tensors = [each.detach().to("cpu", copy=True) for each in noted.tensors()]
-            noted.steps.append(Step(-1, tensors, [module.training for module in noted.inner()]))
+        if self._limit is None or len(self._steps) < self._limit:
+            self._steps.append(before_step(self._modules, self._optimizer))
 
     def _after_step(self, *_: Any) -> None:
-        if (steps := self._noted.steps) and steps[-1].drawn < 0:
-            steps[-1].drawn, steps[-1].gradient = len(self._noted.drawn), self._noted.gradient()
+        if self._steps and self._steps[-1].drawn < 0:
+            after_step(self._steps[-1], len(self._drawn))
 
     def _solved(self) -> list[Update]:
-        noted, windows = self._noted, windows_of(self._noted.drawn, self._k)
-        if noted.steps and not noted.steps[0].drawn:
+        steps, windows = self._steps, windows_of(self._drawn, self._k)
+        if steps and not steps[0].drawn:
             raise RuntimeError(
                 "No micro-batch was noted before the first step: draw from seen(loader), or call seen.note in a "
                 "collator of this process (num_workers=0)."
             )
-        counts = [float(self._count(micro_batch)) for _, micro_batch in noted.drawn]
-        solutions = Solver(noted, windows, counts).solutions()
-        weighted = {index for solution in solutions for index in solution.weights}
-        rows = []
-        for step, solution in zip(noted.steps, solutions, strict=True):
-            window = windows[solution.window]
-            others = weighted - set(solution.weights)
-            rows.append((float(step.drawn), self._row(solution, window, counts, others)))
+        # With a 1 more, since what counts nothing at all is not refused here.
+        read, _ = refusals.counts_and_totals([*(self._count(micro_batch) for _, micro_batch in self._drawn), 1])
+        counts = [each[None] for each in read[:-1]]
+        share: dict[int, float] = {}
+        for window in windows:
+            share |= dict(zip(window, _shares([counts[index] for index in window]), strict=True))
+        solutions = Solver(self._modules, self._loss_sum, self._drawn, windows, counts).solutions(steps)
+        held = [
+            {
+                index
+                for index, weight in each.weights.items()
+                if abs(weight) > max(CLOSE * share[index], each.uncertainty)
+            }
+            for each in solutions
+        ]
+        rows, earlier = [], set[int]()
+        for number, (step, solution) in enumerate(zip(steps, solutions, strict=True)):
+            others = earlier.union(*held[number + 1 :]) - held[number]
+            again = earlier & held[number]
+            repeated = bool(number) and step.drawn == steps[number - 1].drawn and bool(again)
+            row = self._row(solution, windows[solution.window], share, counts, others, again, repeated)
+            rows.append((float(step.drawn), row))
+            earlier |= held[number]
         taken = {solution.window for solution in solutions}
         last = len(windows) if self._limit is None else max(taken, default=-1)
         for number, window in enumerate(windows[:last]):
-            never = [index for index in window if index not in weighted]
+            never = [index for index in window if index not in earlier]
             if never and number not in taken:
-                right = _shares([counts[index] for index in window])
                 many = f"{len(never)} micro-batch{'es were' if len(never) > 1 else ' was'}"
-                sentence = f"{many} drawn, and no step came."
-                row = Update(never, [0.0] * len(never), right[-len(never) :], 0.0, 1.0, 0.0, LEFT_OVER, sentence)
+                shares, sentence = [share[index] for index in never], f"{many} drawn, and no step came."
+                row = Update(never, [0.0] * len(never), shares, 0.0, 1.0, 0.0, KINDS[0], sentence)
                 rows.append((never[-1] + 0.5, row))
         return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
 
-    def _row(self, solution: Solution, window: list[int], counts: list[float], others: set[int]) -> Update:
+    def _row(
+        self,
+        solution: Solution,
+        window: list[int],
+        share: dict[int, float],
+        counts: list[float],
+        others: set[int],
+        again: set[int],
+        repeated: bool,
+    ) -> Update:
         outside = {index: weight for index, weight in sorted(solution.weights.items()) if index not in window}
-        own = [counts[index] for index in window]
-        weights, right = [solution.weights.get(index, 0.0) for index in window], _shares(own)
+        weights, right = [solution.weights.get(index, 0.0) for index in window], [share[index] for index in window]
         kind, verdict = kind_of(
             Facts(
                 weights=weights,
                 right=right,
-                counts=own,
+                counts=[counts[index] for index in window],
                 steps=self._k,
                 outside=outside,
                 elsewhere=len(others.intersection(window)),
+                before=len(again.intersection(window)),
+                repeated=repeated,
                 earlier=solution.earlier,
                 residual=solution.residual,
+                apart=solution.apart,
+                error=solution.error,
                 uncertainty=solution.uncertainty,
                 finite=solution.finite,
-                suspects=self._suspects(),
+                suspects=self._suspects(solution.drew),
             )
         )
         return Update(
@@ -170,18 +204,22 @@ class Audit:
             verdict,
         )
 
-    def _suspects(self) -> list[str]:
-        draws = {type(module).__name__ for module in self._noted.inner() if module.training and _draws(module)}
-        suspects = [f"{name}, which draws anew (audit with its p = 0)" for name in sorted(draws)]
+    def _suspects(self, drew: bool) -> list[str]:
+        suspects = []
+        if drew:
+            modules = (module for outer in self._modules for module in outer.modules())
+            kinds = {type(module).__name__ for module in modules if module.training and _draws(module)}
+            names = ", ".join(sorted(kinds)) or "the forward"
+            suspects.append(f"{names}, which draws random numbers anew (audit without)")
         if isinstance(self._optimizer, torch.optim.LBFGS):
             suspects.append("LBFGS, which moves inside its step")
+        trained = {each for group in self._optimizer.param_groups for each in group["params"]}
+        if any(each.requires_grad and each not in trained for one in self._modules for each in one.parameters()):
+            suspects.append("the step of another optimizer, if it came first")
         distributed = torch.distributed
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             suspects.append("other processes' micro-batches")
         return suspects
-
-
-LEFT_OVER = "left over, never stepped"
 
 
 def audit(
@@ -203,7 +241,8 @@ def audit(
     (BatchNorm: the pieces are the same pieces); that is `check_split`'s.
 
     Args:
-        model: the module that `loss_sum` uses, not wrapped, or a list of modules.
+        model: the module that `loss_sum` uses, not wrapped, or a list of modules. Its forward hooks run again when the
+            block ends, hooks on its parameters do not.
         optimizer: the one that steps, raw or wrapped by accelerate, Lightning or Fabric.
         loss_sum: returns the sum of a micro-batch's losses, given the micro-batch as it was drawn (on the CPU still).
         count: returns the number of items in that sum.
@@ -212,8 +251,9 @@ def audit(
             parameters and buffers on the CPU, and up to 100,000 numbers of the gradient; and every micro-batch.
 
     Returns:
-        A context manager: `seen(loader)` in place of the loader, `seen.note(micro_batch)` in a collator; afterwards
-        `seen.updates`, a list of `Update` in order of time, and a table as `print(seen)`.
+        A context manager: `seen(loader)` in place of the loader (with accelerate, of the loader that `prepare` returned),
+        `seen.note(micro_batch)` in a collator; afterwards `seen.updates`, a list of `Update` in order of time, and a
+        table as `print(seen)`.
 
     Raises:
         TypeError, ValueError: before the loop, if there is nothing to train, the optimizer is none, or
@@ -234,6 +274,11 @@ def audit(
     """
     if not isinstance(accumulation_steps, int) or isinstance(accumulation_steps, bool) or accumulation_steps < 1:
         raise ValueError(f"accumulation_steps must be an int of at least 1, but {accumulation_steps!r} was given.")
+    if updates is not None and (not isinstance(updates, int) or isinstance(updates, bool) or updates < 1):
+        raise ValueError(f"updates must be None or an int of at least 1, but {updates!r} was given.")
+    for name, function in (("loss_sum", loss_sum), ("count", count)):
+        if not callable(function):
+            raise TypeError(f"{name} must be a function of a micro-batch, but {type(function).__name__} was given.")
     modules = refusals.modules_of(model)
     refuse_to_borrow(modules, None)
 
@@ -272,6 +317,8 @@ class _Noted:
         return True
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # while it is being copied there is nothing to ask
+            raise AttributeError(name)
         return getattr(self._micro_batches, name)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gradaccum import refusals
-from gradaccum.borrowed import borrowed, others_untouched
+from gradaccum.borrowed import borrowed, others_untouched, random_state
 from gradaccum.verdicts import CLOSE
 
 COORDINATES = 100_000  # of the parameters: enough for weights to 5e-10, where all would take gigabytes
@@ -24,44 +24,58 @@ COORDINATES = 100_000  # of the parameters: enough for weights to 5e-10, where a
 
 @dataclass
 class Step:
-    """What is kept of a step until the block ends."""
+    """What is kept of a step until the block ends, as it was before the step, on the CPU.
 
-    drawn: int  # micro-batches until then; -1 before it is through
-    tensors: list[Tensor]  # parameters and buffers as they were before it, on the CPU
-    modes: list[bool]
-    gradient: Tensor = field(default_factory=lambda: torch.empty(0))  # sampled, in float64
+    Attributes:
+        drawn: how many micro-batches were until then; -1 before the step is through.
+        trained: what the optimizer steps.
+        tensors: of each module its parameters and buffers, by name, with their values.
+        modes: of each module, and of each parameter whether it is trained.
+        gradient: of what is trained, one vector in float64; of many numbers, a sample.
+        lengths: the share of each trained tensor in it.
+    """
 
-
-@dataclass
-class Noted:
-    """What an audit notes of a loop, and what it was given."""
-
-    modules: list[nn.Module]
+    drawn: int
     trained: list[Tensor]
-    loss_sum: Callable[[Any], Tensor]
-    drawn: list[tuple[int, Any]] = field(default_factory=list)  # epoch, micro-batch
-    steps: list[Step] = field(default_factory=list)
+    tensors: list[tuple[nn.Module, str, Tensor, Tensor]]
+    modes: list[tuple[nn.Module, bool]]
+    required: dict[Tensor, bool]
+    gradient: Tensor = field(default_factory=lambda: torch.empty(0))
+    lengths: list[int] = field(default_factory=list)
 
-    def tensors(self) -> list[Tensor]:
-        """Return all parameters and buffers."""
-        return [each for what in ("parameters", "buffers") for each in refusals.named(self.modules, what).values()]
 
-    def inner(self) -> list[nn.Module]:
-        """Return all modules, those inside of others too."""
-        return [module for outer in self.modules for module in outer.modules()]
+def before_step(modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer) -> Step:
+    """Note what a step is about to change."""
+    inner = [module for outer in modules for module in outer.modules()]
+    trained = [each for group in optimizer.param_groups for each in group["params"]]
+    values: dict[Tensor, Tensor] = {}  # tied weights once
+    tensors = []
+    for module in inner:
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if tensor not in values:
+                values[tensor] = tensor.detach().to("cpu", copy=True)
+            tensors.append((module, name, tensor, values[tensor]))
+    required = {each: each.requires_grad for each in [*values, *trained]}
+    return Step(-1, trained, tensors, [(module, module.training) for module in inner], required)
 
-    def gradient(self) -> Tensor:
-        """Return the `.grad` of what is trained as one vector, in float64 on the CPU; of many numbers, a sample."""
-        total, generator, parts = sum(each.numel() for each in self.trained), torch.Generator().manual_seed(0), []
-        for parameter in self.trained:
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            flat = gradient.detach().to_dense() if gradient.layout != torch.strided else gradient.detach()
-            flat = flat.flatten()
-            if total > COORDINATES:  # the same places each time
-                many = min(parameter.numel(), max(16, parameter.numel() * COORDINATES // total))
-                flat = flat[torch.randint(parameter.numel(), (many,), generator=generator).to(flat.device)]
-            parts.append((torch.view_as_real(flat).flatten() if flat.is_complex() else flat).to("cpu", torch.float64))
-        return torch.cat(parts)
+
+def after_step(step: Step, drawn: int) -> None:
+    """Note what it was made with."""
+    step.trained = [each for each in step.trained if step.required[each] or each.grad is not None]
+    step.drawn, (step.gradient, step.lengths) = drawn, sampled([each.grad for each in step.trained], step.trained)
+
+
+def sampled(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+    """Return gradients as one vector, in float64 on the CPU, and the length of each; of many numbers, a sample."""
+    total, generator, parts = sum(each.numel() for each in parameters), torch.Generator().manual_seed(0), []
+    for gradient, parameter in zip(gradients, parameters, strict=True):
+        flat = torch.zeros_like(parameter) if gradient is None else gradient
+        flat = (flat.detach().to_dense() if flat.layout != torch.strided else flat.detach()).flatten()
+        if total > COORDINATES:  # the same places each time
+            many = min(parameter.numel(), max(16, parameter.numel() * COORDINATES // total))
+            flat = flat[torch.randint(parameter.numel(), (many,), generator=generator).to(flat.device)]
+        parts.append((torch.view_as_real(flat).flatten() if flat.is_complex() else flat).to("cpu", torch.float64))
+    return torch.cat(parts) if parts else torch.empty(0), [len(part) for part in parts]
 
 
 class Solution(NamedTuple):
@@ -72,18 +86,22 @@ class Solution(NamedTuple):
         weights: of the micro-batches that are in it.
         earlier: the factor of the gradient of the step before.
         residual: the share of the gradient that is no such sum.
+        apart: the same of the one parameter that is worst, and its name, where that is much more.
         uncertainty: by how much a weight may be off.
         error: of the gradient, relative to the right one of its window.
         finite: whether the gradient is.
+        drew: whether the forward draws random numbers.
     """
 
     window: int
     weights: Mapping[int, float] = {}
     earlier: float = 0.0
-    residual: float = math.inf
+    residual: float = 0.0
+    apart: tuple[str, float] | None = None
     uncertainty: float = math.inf
     error: float = math.nan
     finite: bool = True
+    drew: bool = False
 
 
 def windows_of(drawn: Sequence[tuple[int, Any]], accumulation_steps: int) -> list[list[int]]:
@@ -101,50 +119,56 @@ def windows_of(drawn: Sequence[tuple[int, Any]], accumulation_steps: int) -> lis
     return found
 
 
+@dataclass
 class Solver:
-    """Solves the steps that were noted, in order of time."""
+    """Solves steps for their micro-batches, in order of time."""
 
-    def __init__(self, noted: Noted, windows: list[list[int]], counts: list[float]) -> None:
-        self.noted, self.windows, self.counts = noted, windows, counts
-        self.of = {index: number for number, window in enumerate(windows) for index in window}
-        self.taken: set[int] = set()  # windows that a step belongs to
-        self.columns: dict[int, Tensor | None] = {}  # by micro-batch, at the parameters of one step
+    modules: list[nn.Module]
+    loss_sum: Callable[[Any], Tensor]
+    drawn: list[tuple[int, Any]]
+    windows: list[list[int]]
+    counts: list[float]
+    taken: set[int] = field(default_factory=set)  # windows that a step belongs to
+    columns: dict[int, Tensor | None] = field(default_factory=dict)  # by micro-batch, at the parameters of one step
+    drew: bool = False
 
-    def solutions(self) -> list[Solution]:
+    def __post_init__(self) -> None:
+        self.of = {index: number for number, window in enumerate(self.windows) for index in window}
+
+    def solutions(self, steps: Sequence[Step]) -> list[Solution]:
         """Return one for each step."""
-        found, previous = [], None
-        for step in self.noted.steps:
-            self.columns = {}
-            solution = self._solution(step, previous)
+        found = []
+        for number, step in enumerate(steps):
+            self.columns, self.drew = {}, False
+            since = steps[number - 2].drawn if number > 1 else 0  # what was drawn by the step before the one before
+            solution = self._solution(step, steps[number - 1] if number else None, since)
             self.taken.add(solution.window)
-            found.append(solution._replace(error=self._error(step, solution)))
-            previous = step.gradient
+            found.append(solution._replace(error=self._error(step, solution), drew=self.drew))
         return found
 
-    def _solution(self, step: Step, previous: Tensor | None) -> Solution:
+    def _solution(self, step: Step, before: Step | None, since: int) -> Solution:
         """Solve for the window that is due; for others, and the step before, only where that leaves a rest."""
         expected = min(max(self.taken, default=-1) + 1, self.of[step.drawn - 1])
         if not step.gradient.isfinite().all():
             return Solution(expected, finite=False)
+        if not step.gradient.any():
+            return Solution(expected)  # cleared before it could be read, or nothing to learn
         due = [index for index in self.windows[expected] if index < step.drawn]
-        near = [index for window in self.windows[max(expected - 2, 0) : expected + 3] for index in window]
-        near = [index for index in near if index < step.drawn]
-        reach = 8 * len(max(self.windows, key=len))
-        far = list(range(max(0, step.drawn - reach), step.drawn))
-        leaks = [None] if previous is None or not previous.any() else [None, previous]
-        best = first = None
-        for some in (due, near, far):
-            for leak in leaks:
-                solution = self._solved(step, due, some, leak)
-                first = first or solution
-                if solution is None or (best is not None and solution.residual > 0.05 * best.residual):
-                    continue  # more unknowns always leave less; only much less says anything
-                best = solution
-                if best.residual <= CLOSE:
-                    return best._replace(window=self._belongs(best.weights, expected))
-        if best is None:
-            return Solution(expected, residual=0.0)  # fewer parameters than micro-batches
-        return best._replace(window=self._belongs(best.weights, expected) if best is not first else expected)
+        near = sorted({*due, *range(since, step.drawn)})
+        leak = before.gradient if before and before.gradient.any() and before.gradient.isfinite().all() else None
+        leak = None if leak is None or leak.shape != step.gradient.shape else leak
+        exact = 100 * max(torch.finfo(each.dtype).eps for each in step.trained)
+        best, window = None, expected
+        for some, with_leak in ((due, None), (due, leak), (near, None), (near, leak)):
+            if (with_leak is None and some is not due and near == due) or (with_leak is None and some is due and best):
+                continue
+            solution = self._solved(step, some, with_leak)
+            if solution is None or (best is not None and solution.residual > 0.05 * best.residual):
+                continue  # more unknowns always leave less; only much less says anything
+            best, window = solution, expected if some is due else self._belongs(solution.weights, expected)
+            if best.residual <= exact:
+                break
+        return Solution(expected) if best is None else best._replace(window=window)
 
     def _belongs(self, weights: Mapping[int, float], expected: int) -> int:
         """Return the window with which a step shares most weight, of those that no other step has, if it can be."""
@@ -155,13 +179,14 @@ class Solver:
         of = free or shares or {expected: 1.0}
         return max(of, key=lambda number: of[number])
 
-    def _solved(self, step: Step, due: Sequence[int], some: Sequence[int], leak: Tensor | None) -> Solution | None:
+    def _solved(self, step: Step, some: Sequence[int], leak: Tensor | None) -> Solution | None:
         indices: list[int] = []
         columns: list[Tensor] = []
-        for index in [*due, *(each for each in reversed(some) if each not in due)]:
+        for index in reversed(some):
             column = self._column(step, index)
-            # The same micro-batch, drawn in an earlier epoch, is no second unknown.
-            if column is not None and (index in due or not any(_equal(column, other) for other in columns)):
+            # The same micro-batch, drawn in an earlier epoch, is no second unknown; twins in one window are two.
+            apart = [other for at, other in zip(indices, columns, strict=True) if self.of[at] != self.of[index]]
+            if column is not None and not any(_equal(column, other) for other in apart):
                 indices.append(index)
                 columns.append(column)
         matrix = torch.stack([*columns, *([] if leak is None else [leak])], dim=1) if columns else None
@@ -170,33 +195,60 @@ class Solver:
         size, lengths = step.gradient.norm().item(), matrix.norm(dim=0).clamp(min=1e-300)
         matrix = matrix / lengths
         solution = torch.linalg.lstsq(matrix, step.gradient[:, None], driver="gelsd").solution[:, 0]
-        residual = (matrix @ solution - step.gradient).norm().item() / size if size else 0.0
+        rest = matrix @ solution - step.gradient
+        residual = rest.norm().item() / size
         found = (solution / lengths).tolist()
         earlier = 0.0 if leak is None else found.pop()
-        eps = max(torch.finfo(each.dtype).eps for each in self.noted.trained)
+        eps = max(torch.finfo(each.dtype).eps for each in step.trained)
         smallest = max(torch.linalg.svdvals(matrix)[-1].item(), 1e-300)
         uncertainty = max(min(residual, CLOSE), eps) * size / smallest / lengths[: len(indices)].min().item()
-        least = CLOSE * max(map(abs, found))
-        weights = {index: weight for index, weight in zip(indices, found, strict=True) if abs(weight) > least}
-        return Solution(0, weights, earlier, residual, uncertainty)
+        weights = dict(zip(indices, found, strict=True))
+        if any(self.of[index] != self.of[some[-1]] for index in some):  # what is but noise is not in it
+            least = CLOSE * max(map(abs, found))
+            weights = {index: weight for index, weight in weights.items() if abs(weight) > least}
+        return Solution(0, weights, earlier, residual, self._apart(step, rest), uncertainty)
+
+    def _apart(self, step: Step, rest: Tensor) -> tuple[str, float] | None:
+        """Return the parameter whose own gradient is no such sum, though it is too small to show in the whole."""
+        names = {tensor: name for name, tensor in refusals.named(self.modules, "parameters").items()}
+        total, worst = step.gradient.norm().item(), None
+        parts = (torch.split(vector, step.lengths) for vector in (step.gradient, rest))
+        for parameter, own, left in zip(step.trained, *parts, strict=True):
+            size, share = own.norm().item(), left.norm().item()
+            if size > 1e-5 * total and share > 0.05 * size and (worst is None or share > worst[1] * size):
+                worst = (names.get(parameter, "a parameter"), share / size)
+        return worst
 
     def _column(self, step: Step, index: int) -> Tensor | None:
         """Return the mean gradient of a micro-batch at the parameters of a step; None if it counts nothing."""
         if not self.counts[index]:
             return None
         if index not in self.columns:
-            noted = self.noted
-            with borrowed(noted.modules), refusals.forgetting(noted.modules), torch.enable_grad():
-                for tensor, value in zip(noted.tensors(), step.tensors, strict=True):
-                    tensor.data.copy_(value)
-                for module, training in zip(noted.inner(), step.modes, strict=True):
-                    module.training = training
-                loss = noted.loss_sum(noted.drawn[index][1])
-                refusals.refuse_unless_scalar_with_graph(loss, f"micro-batch {index}")
-                with others_untouched(loss, [*refusals.named(noted.modules, "parameters").values()]):
-                    (loss / self.counts[index]).backward()  # type: ignore[no-untyped-call]
-                self.columns[index] = noted.gradient()
+            column = self._gradient(step, index)
+            self.columns[index] = column if column.isfinite().all() else None
         return self.columns[index]
+
+    def _gradient(self, step: Step, index: int) -> Tensor:
+        with borrowed(self.modules), refusals.forgetting(self.modules), torch.enable_grad():
+            fresh: dict[Tensor, Tensor] = {}
+            for module, name, tensor, value in step.tensors:  # not the loop's own, whose hooks would run
+                if tensor not in fresh:
+                    copied = value.to(tensor.device, copy=True)
+                    trained = (
+                        nn.Parameter(copied, step.required[tensor]) if isinstance(tensor, nn.Parameter) else copied
+                    )
+                    fresh[tensor] = trained
+                setattr(module, name, fresh[tensor])
+            for module, training in step.modes:
+                module.training = training
+            before = random_state(self.modules)
+            loss = self.loss_sum(self.drawn[index][1])
+            refusals.refuse_unless_scalar_with_graph(loss, f"micro-batch {index}")
+            self.drew = self.drew or random_state(self.modules) != before
+            trained_now = [fresh.get(each, each) for each in step.trained]
+            with others_untouched(loss, trained_now):
+                (loss / self.counts[index]).backward()  # type: ignore[no-untyped-call]
+            return sampled([each.grad for each in trained_now], trained_now)[0]
 
     def _error(self, step: Step, solution: Solution) -> float:
         window = self.windows[solution.window]

@@ -36,9 +36,13 @@ class Facts:
         counts: the items in each.
         steps: k, the accumulation steps that were asked for.
         outside: the weights of other micro-batches, by index.
-        elsewhere: how many of the window's micro-batches have a weight in another update.
+        elsewhere: how many of the window's micro-batches have a weight in another update alone.
+        before: how many have one in an earlier update too.
+        repeated: whether it is the step before once more, with no micro-batch drawn since.
         earlier: the factor of the gradient of the update before.
         residual: the share of the gradient that is no such sum.
+        apart: a parameter whose own gradient is none, and its share, where that does not show in the whole.
+        error: of the gradient, relative to the right one.
         uncertainty: by how much a weight may be off.
         finite: whether the gradient is.
         suspects: what the model and the loop show that is no sum.
@@ -50,8 +54,12 @@ class Facts:
     steps: int
     outside: dict[int, float] = field(default_factory=dict)
     elsewhere: int = 0
+    before: int = 0
+    repeated: bool = False
     earlier: float = 0.0
     residual: float = 0.0
+    apart: tuple[str, float] | None = None
+    error: float = 0.0
     uncertainty: float = 0.0
     finite: bool = True
     suspects: Sequence[str] = ()
@@ -72,19 +80,23 @@ def kind_of(facts: Facts) -> tuple[str, str]:
     scale = max(right)
 
     def close(values: Sequence[float]) -> bool:
-        return all(abs(one - other) <= CLOSE * scale for one, other in zip(weights, values, strict=True))
+        """Return whether each is known to be: to 1e-3 of itself, or as far as it is known."""
+        least = min(facts.uncertainty, CLOSE * scale)
+        return all(abs(w - v) <= max(CLOSE * abs(v), least) for w, v in zip(weights, values, strict=True))
 
-    if close(right) and not facts.outside:
+    if not facts.outside and (close(right) or _within(weights, right, facts.uncertainty)):
+        if not close(right) or facts.error > 0.02:
+            return ALIKE
+        if facts.before:
+            return EARLIER, "Its micro-batches have been in an earlier step: step once a window, and clear after it."
         return "right", "Each micro-batch got its count over the window's."
-    if not facts.outside and all(abs(w - r) <= facts.uncertainty for w, r in zip(weights, right, strict=True)):
-        return ALIKE
-    first_seen = next((index for index, weight in enumerate(weights) if abs(weight) > CLOSE * scale), many)
-    if many > 1 and first_seen == many - 1 and not facts.outside and not facts.elsewhere:
+    counted = [index for index, share in enumerate(right) if share]
+    missing = [index for index in counted if abs(weights[index]) <= max(CLOSE * right[index], facts.uncertainty)]
+    if len(counted) > 1 and missing == counted[:-1] and not facts.outside and not facts.elsewhere:
         return "only the last micro-batch", (
             f"Only the last of {many} micro-batches is in it (weight {_number(weights[-1])}): "
             "gradients are cleared inside the window."
         )
-    missing = [index for index, weight in enumerate(weights) if abs(weight) <= CLOSE * scale and right[index]]
     if facts.outside or missing:
         return _cut_elsewhere(facts, missing)
     if close([1.0 if share else 0.0 for share in right]) and many > 1:
@@ -100,7 +112,7 @@ def kind_of(facts: Facts) -> tuple[str, str]:
     over_k = [1 / k if share else 0.0 for share in right]
     if many < k and close(over_k):
         return "a partial window over k", (
-            f"Divided by k = {k}, and the window has {many}: its gradient is {_number(sum(weights))} of the right one. "
+            f"Divided by k = {k}, and the window has {many}: the weights add up to {_number(sum(weights))}. "
             "Divide by the window's own count."
         )
     if close([1 / many if share else 0.0 for share in right]):
@@ -111,7 +123,11 @@ def kind_of(facts: Facts) -> tuple[str, str]:
     return _by_factor(facts)
 
 
-ALIKE = "cannot be told apart", "The micro-batches' gradients are too much alike, or the parameters too few."
+EARLIER = "gradients of an earlier update"
+ALIKE = (
+    "cannot be told apart",
+    "The micro-batches' gradients are too much alike or too small, or the parameters too few.",
+)
 
 
 def _unless_known(facts: Facts) -> tuple[str, str] | None:
@@ -129,10 +145,18 @@ def _unless_known(facts: Facts) -> tuple[str, str] | None:
             f"{100 * facts.residual:.2g} % of this gradient is no weighted sum of these losses' gradients. "
             f"Suspects: {', '.join(suspects)}."
         )
-    if facts.uncertainty > 0.05 * min((share for share in facts.right if share), default=1.0):
+    if facts.apart:
+        name, share = facts.apart
+        return "no weighted sum", (
+            f"Of {name}'s own gradient {100 * share:.2g} % is no weighted sum, though it is little of the whole: is it "
+            "cleared, and trained by this loss alone?"
+        )
+    if facts.uncertainty > 0.05 * max(facts.right):
         return ALIKE
+    if facts.repeated:
+        return EARLIER, "No micro-batch was drawn since the step before: step once a window."
     if abs(facts.earlier) > CLOSE:
-        return "gradients of an earlier update", (
+        return EARLIER, (
             f"{_number(facts.earlier)} times the gradient of the update before is still in it: clear after each step."
         )
     return None
@@ -145,7 +169,10 @@ def _cut_elsewhere(facts: Facts, missing: Sequence[int]) -> tuple[str, str]:
     of = f"{len(facts.weights) - len(missing)} of its window's {len(facts.weights)} micro-batches"
     if facts.outside:
         of += f" and {len(facts.outside)} of others"
-    return "cut elsewhere", f"It holds {of}: the step comes elsewhere than after each {facts.steps} of an epoch."
+    return "cut elsewhere", (
+        f"It holds {of}: the step comes elsewhere than after each {facts.steps} of an epoch, or gradients are cleared "
+        "on the way, or a micro-batch is taken for another."
+    )
 
 
 def _by_factor(facts: Facts) -> tuple[str, str]:
@@ -155,8 +182,8 @@ def _by_factor(facts: Facts) -> tuple[str, str]:
     spread = max(abs(each - factor) for each in factors)
     if spread <= CLOSE * abs(factor) and factor > 0:
         divisor = total / factor
-        off = divisor * max(spread / factor, CLOSE / 10)
-        if off < 0.05 and divisor < 1000 and abs(divisor - round(divisor)) <= max(off, 1e-3):
+        off = divisor * max(spread / factor, 1e-5)
+        if off < 0.05 and 0.5 < divisor < 1000 and abs(divisor - round(divisor)) <= off:
             return "another divisor", (
                 f"Divided by {round(divisor)} where {total:g} items were counted: the gradient is {_number(factor)} of "
                 "the right one. See what is counted."
@@ -165,16 +192,20 @@ def _by_factor(facts: Facts) -> tuple[str, str]:
             f"All weights are {_number(factor)} times the right ones: clipping, which is no fault, or a scale that was "
             "not taken off, or a number of processes."
         )
-    alike = max(facts.weights) - min(facts.weights) <= CLOSE * max(facts.weights)
-    if alike:
+    counted = [weight for weight, _ in shares]
+    if max(counted) - min(counted) <= CLOSE * max(counted):
         return "does not fit", (
-            f"Each micro-batch got {_number(facts.weights[0])}, whatever it counts: a mean of means and a factor."
+            f"Each micro-batch got {_number(counted[0])}, whatever it counts: a mean of means and a factor."
         )
     if all(0 < weight <= (1 + CLOSE) * share for weight, share in shares):
         return "clipped or divided inside", (
             "Each micro-batch lost another share: gradients are clipped, or divided, at each micro-batch."
         )
     return "does not fit", "The weights fit no kind that is known here: compare them with the right ones."
+
+
+def _within(weights: Sequence[float], right: Sequence[float], by: float) -> bool:
+    return all(abs(one - other) <= by for one, other in zip(weights, right, strict=True))
 
 
 def _too_large(facts: Facts) -> str:

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from gradaccum import accumulate, audit, plots, windows
+from gradaccum.solving import sampled
 from gradaccum.verdicts import KINDS, Facts, kind_of
 
 torch.set_num_threads(1)
@@ -321,7 +322,7 @@ def test_each_fault_is_named(name, monkeypatch):
     if weights is not None:
         assert fault.weights == pytest.approx(weights, abs=1e-3 * max(max(weights), 0.01))
     if name == "dropout":
-        assert "Dropout, which draws anew" in fault.verdict
+        assert "Dropout, which draws random numbers anew" in fault.verdict
     assert re.fullmatch(r"[A-Z0-9].*\.", fault.verdict)
 
 
@@ -463,7 +464,9 @@ def test_large_models_are_sampled():
     seen = audited(by_index, sizes=UNEQUAL, model=model, make=lambda p: torch.optim.SGD(p, lr=1e-4))
     assert seen.updates[0].weights == pytest.approx([THIRD] * 3, abs=1e-4)
     assert seen.updates[0].kind == "each mean over k"
-    assert len(seen._noted.gradient()) < 110_000 < sum(each.numel() for each in model.parameters())
+    parameters = list(model.parameters())
+    vector, lengths = sampled([each.detach() for each in parameters], parameters)
+    assert sum(lengths) == len(vector) < 110_000 < sum(each.numel() for each in parameters)
 
 
 def test_few_parameters_tell_nothing():
@@ -542,3 +545,289 @@ def test_the_picture_of_weights(sizes):
     assert [bar.get_height() for bar in bars if not bar.get_fill()] == pytest.approx(right)
     assert figure.get_label().startswith(f"The weight that each of {len(weights)} micro-batches got")
     assert plots.weights(seen.updates[:1]).get_label().startswith("The weight")
+
+
+# --- loops that people write, which look like something else ---
+
+
+def run(model, optimizer, loop, sizes=(4,) * 8, k=4, count=items, loss=total, given=None, **options):
+    loader = micro_batches(sizes) if given is None else given
+    with audit(model, optimizer, lambda b: loss(model, b), count, accumulation_steps=k, **options) as seen:
+        loop(seen(loader))
+    return seen
+
+
+def kinds_of(seen):
+    return [update.kind for update in seen.updates]
+
+
+@pytest.mark.parametrize("make", [lambda p: torch.optim.AdamW(p, lr=1e-5), lambda p: torch.optim.SGD(p, lr=1e-2)])
+def test_a_window_is_stepped_once(make):
+    model = net()
+    optimizer = make(model.parameters())
+
+    def twice(loader):
+        for index, batch in enumerate(loader):
+            (mean(model, batch) / 4).backward()
+            if index % 4 == 3:
+                optimizer.step()
+                optimizer.step()
+                optimizer.zero_grad()
+
+    first, second = kinds_of(run(model, optimizer, twice, sizes=[4] * 4))
+    assert (first, second) == ("right", "gradients of an earlier update")
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    kinds = kinds_of(run(model, optimizer, lambda loader: by_index(model, optimizer, loader, 1, clear=False)))
+    assert "right" not in kinds[1:]
+
+
+@pytest.mark.parametrize("divided", [True, False])
+def test_hooks_of_the_loop_are_in_its_gradient_and_not_in_ours(divided):
+    model = net()
+    optimizer = sgd(model.parameters())
+    for parameter in model.parameters():
+        parameter.register_hook(lambda gradient: gradient / 4)
+    seen = run(model, optimizer, lambda loader: by_index(model, optimizer, loader, 4, divide=divided))
+    assert seen.updates[0].weights == pytest.approx([1 / 16 if divided else 1 / 4] * 4, rel=1e-3)
+    assert ("right" in kinds_of(seen)) == (not divided)
+
+
+def test_a_small_part_that_is_not_cleared_is_seen():
+    torch.manual_seed(0)
+    one, other = net(), net()
+    model = nn.ModuleList([one, other])
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+
+    def loss(_, batch, reduction="sum"):
+        return cross_entropy(one(batch[0]) + 1e-4 * other(batch[0]), batch[1], reduction=reduction)
+
+    def clears_one(loader):
+        for index, batch in enumerate(loader):
+            (loss(None, batch, "mean") / 4).backward()
+            if index % 4 == 3:
+                optimizer.step()
+                one.zero_grad()
+
+    seen = run(model, optimizer, clears_one, loss=loss)
+    assert kinds_of(seen) == ["right", "no weighted sum"]
+    assert "1." in seen.updates[1].verdict
+
+
+def test_layers_are_frozen_and_thawed_in_the_loop():
+    for clears in (True, False):
+        model = net()
+        model[0].requires_grad_(False)
+        optimizer = sgd(model.parameters())
+
+        def thawing(loader, model=model, optimizer=optimizer, clears=clears):
+            for index, batch in enumerate(loader):
+                if index == 4:
+                    model[0].requires_grad_(True)
+                (mean(model, batch) / 4).backward()
+                if index % 4 == 3:
+                    optimizer.step()
+                    (model if clears else model[2]).zero_grad()
+
+        kinds = kinds_of(run(model, optimizer, thawing, sizes=[4] * 12))
+        assert kinds[:2] == ["right"] * 2
+        assert (kinds[2] == "right") == clears
+
+
+def test_a_generator_turns_its_discriminator_off():
+    model = net()
+    optimizer = sgd(model.parameters())
+
+    def turning(loader):
+        for window in windows(loader, 4):
+            model.requires_grad_(True)
+            accumulate(model, window, lambda batch: total(model, batch), items)
+            optimizer.step()
+            optimizer.zero_grad()
+            model.requires_grad_(False)
+
+    assert kinds_of(run(model, optimizer, turning)) == ["right"] * 2
+
+
+def test_a_small_micro_batch_counts():
+    sizes = [200, 200, 200, 1]
+    for skip, clip, kind in ((True, 0, "cut elsewhere"), (False, 0, "right"), (False, 0.01, "one common factor")):
+        model = net()
+        optimizer = sgd(model.parameters())
+
+        def loop(loader, model=model, optimizer=optimizer, skip=skip, clip=clip):
+            for window in windows(loader, 4):
+                for batch in window[: 3 if skip else 4]:
+                    (total(model, batch) / 601).backward()
+                if clip:
+                    nn.utils.clip_grad_norm_(model.parameters(), clip)
+                optimizer.step()
+                optimizer.zero_grad()
+
+        assert kinds_of(run(model, optimizer, loop, sizes)) == [kind]
+
+
+def test_a_scaler_skips_a_window_that_overflows():
+    model, loader = net(), micro_batches([4] * 12)
+    loader[5] = (loader[5][0] * torch.inf, loader[5][1])
+    optimizer, scaler = sgd(model.parameters()), torch.amp.GradScaler("cpu", init_scale=256.0)
+
+    def loop(noted):
+        for index, batch in enumerate(noted):
+            scaler.scale(mean(model, batch) / 4).backward()
+            if index % 4 == 3:
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+
+    seen = run(model, optimizer, loop, given=loader)
+    assert [(update.micro_batches[0], update.kind) for update in seen.updates] == [
+        (0, "right"),
+        (4, "left over, never stepped"),
+        (8, "right"),
+    ]
+
+
+def test_optimizers_in_backward_make_no_step_of_ours():
+    def states(with_audit):
+        model = net()
+        optimizers = {each: torch.optim.Adam([each]) for each in model.parameters()}
+
+        def step(parameter):
+            optimizers[parameter].step()
+            optimizers[parameter].zero_grad()
+
+        for each in model.parameters():
+            each.register_post_accumulate_grad_hook(step)
+        first = optimizers[model[0].weight]
+
+        def loop(loader):
+            for batch in loader:
+                mean(model, batch).backward()
+
+        if with_audit:
+            assert "right" not in kinds_of(run(model, first, loop))
+        else:
+            loop(micro_batches([4] * 8))
+        return [
+            [value.tolist() for value in state.values()] for one in optimizers.values() for state in one.state.values()
+        ]
+
+    assert states(True) == states(False)
+
+
+class Growing(nn.Module):
+    """Registers its buffer anew when it has to be longer, as rotary embeddings do."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.ones(2, 1))
+
+    def forward(self, x):
+        if len(self.table) < len(x):
+            self.register_buffer("table", torch.ones(len(x), 1))
+            self.extra = nn.Identity()
+        return x * self.table[: len(x)]
+
+
+def test_buffers_grow_and_layers_come():
+    model = net(Growing())
+    optimizer = sgd(model.parameters())
+    seen = run(model, optimizer, lambda loader: outer(model, optimizer, loader, 4), sizes=[1, 2, 4, 8, 3, 16, 2, 1])
+    assert kinds_of(seen) == ["right"] * 2
+
+
+def test_a_gradient_that_is_zero_tells_nothing():
+    model = net()
+    nn.init.zeros_(model[2].weight)
+    optimizer = sgd(model[0].parameters())
+
+    def loop(loader):
+        for window in windows(loader, 4):
+            accumulate(model, window, lambda batch: total(model, batch), items)
+            optimizer.step()
+            model.zero_grad()
+
+    assert kinds_of(run(model, optimizer, loop)) == ["cannot be told apart"] * 2
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_dropped_window_and_the_same_micro_batches_shuffled(seed):
+    loader, order = micro_batches([4] * 6), torch.Generator().manual_seed(seed)
+    model = net()
+    optimizer = sgd(model.parameters())
+    with audit(model, optimizer, lambda b: total(model, b), items, accumulation_steps=4) as seen:
+        for _ in range(2):
+            shuffled = [loader[index] for index in torch.randperm(6, generator=order).tolist()]
+            by_index(model, optimizer, seen(shuffled), 4, ends=False)
+            optimizer.zero_grad()
+    assert [(update.micro_batches, update.kind) for update in seen.updates] == [
+        ([0, 1, 2, 3], "right"),
+        ([4, 5], "left over, never stepped"),
+        ([6, 7, 8, 9], "right"),
+        ([10, 11], "left over, never stepped"),
+    ]
+
+
+def test_two_optimizers_share_a_model():
+    model = net()
+    one, other = sgd(model[0].parameters()), sgd(model[2].parameters())
+
+    def loop(loader):
+        for window in windows(loader, 4):
+            accumulate(model, window, lambda batch: total(model, batch), items)
+            other.step()
+            one.step()
+            model.zero_grad()
+
+    assert kinds_of(run(model, other, loop)) == ["right"] * 2
+    seen = run(model, one, loop)
+    assert "the step of another optimizer, if it came first" in seen.updates[0].verdict
+
+
+def test_a_micro_batch_without_items_hides_no_fault_and_makes_none():
+    model = net()
+    optimizer = sgd(model.parameters())
+
+    def loop(loader):
+        for window in windows(loader, 2):
+            accumulate(model, window, lambda batch: total(model, batch), items)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    assert kinds_of(run(model, optimizer, loop, sizes=[0, 5, 3, 0], k=2)) == ["one common factor"] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"updates": 0}, ValueError, "updates must be None or an int of at least 1, but 0"),
+        ({"updates": "a"}, ValueError, "but 'a'"),
+        ({"count": lambda b: None}, TypeError, "count must return the number of items"),
+        ({"count": lambda b: -3}, ValueError, "-3"),
+        ({"count": lambda b: True}, TypeError, "True"),
+        ({"count": lambda b: torch.ones(2)}, TypeError, "shape (2,)"),
+        ({"count": None}, TypeError, "count must be a function of a micro-batch, but NoneType"),
+        ({"loss": lambda m, b: m(b[0])}, ValueError, "use a reduction"),
+    ],
+)
+def test_what_it_is_given_is_looked_at(options, error, said):
+    model = net()
+    optimizer = sgd(model.parameters())
+    with pytest.raises(error, match=re.escape(said)):
+        run(model, optimizer, lambda loader: outer(model, optimizer, loader, 4), **options)
+    assert len(optimizer._optimizer_step_pre_hooks) == 0
+
+
+def test_it_can_be_used_again_and_notes_no_more_than_it_needs():
+    model = net()
+    optimizer = sgd(model.parameters())
+    context = audit(model, optimizer, lambda b: total(model, b), items, accumulation_steps=2, updates=1)
+    for _ in range(2):
+        with context as seen:
+            outer(model, optimizer, seen(micro_batches([4] * 40)), 2)
+            assert len(seen._drawn) <= 3
+        assert [(update.micro_batches, update.kind) for update in seen.updates] == [([0, 1], "right")]
+        assert (seen._drawn, seen._steps) == ([], [])
+    copy.copy(seen(micro_batches([1])))

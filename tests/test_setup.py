@@ -485,14 +485,14 @@ def test_each_command_sets_up_what_it_needs_and_hands_over_the_rest(make, monkey
     for screen, wish in (("", []), (":0", ["--no-browser"]), (":0", [])):
         monkeypatch.setenv("DISPLAY", screen)
         assert make.main(["lab", *wish]) == 7
-    assert noted[10::2] == [("lessons", False)] * 3
-    assert ["--no-browser" in program for program in noted[11::2]] == [True, True, False]
+    assert noted[12::2] == [("lessons", False)] * 3
+    assert ["--no-browser" in program for program in noted[13::2]] == [True, True, False]
     assert make.main(["address", "none"]) == 7
-    assert noted[16:] == [("dev", False), "notebooks/source/build.py --address=none"]
+    assert noted[18:] == [("dev", False), "notebooks/source/build.py --address=none"]
     for wrong in ([], ["two", "words"]):  # refused before anything is installed
         with pytest.raises(SystemExit, match="2"):
             make.main(["address", *wrong])
-    assert len(noted) == 18
+    assert len(noted) == 20
     assert make.main([]) == 0
     told = capsys.readouterr().out
     assert all(f"  {name} " in told for name in make.COMMANDS)
