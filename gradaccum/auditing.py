@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from gradaccum import refusals
 from gradaccum.borrowed import refuse_to_borrow
 from gradaccum.refusals import Model
-from gradaccum.solving import Solution, Solver, Step, after_step, before_step, windows_of
-from gradaccum.verdicts import CLOSE, KINDS, Facts, kind_of
+from gradaccum.solving import SHARED, Solver, Step, after_step, before_step, windows_of
+from gradaccum.verdicts import KINDS, Facts, kind_of
 
 
 @dataclass
@@ -131,78 +131,36 @@ class Audit:
         # With a 1 more, since what counts nothing at all is not refused here.
         read, _ = refusals.counts_and_totals([*(self._count(micro_batch) for _, micro_batch in self._drawn), 1])
         counts = [each[None] for each in read[:-1]]
-        share: dict[int, float] = {}
-        for window in windows:
-            share |= dict(zip(window, _shares([counts[index] for index in window]), strict=True))
-        solutions = Solver(self._modules, self._loss_sum, self._drawn, windows, counts).solutions(steps)
-        held = [
-            {
-                index
-                for index, weight in each.weights.items()
-                if abs(weight) > max(CLOSE * share[index], each.uncertainty)
-            }
-            for each in solutions
-        ]
+        solver = Solver(self._modules, self._loss_sum, self._drawn, windows, counts)
+        solutions, share = solver.solutions(steps), solver.share
+        held = [{index for index in each.weights if each.holds(index, share[index])} for each in solutions]
         rows, earlier = [], set[int]()
         for number, (step, solution) in enumerate(zip(steps, solutions, strict=True)):
-            others = earlier.union(*held[number + 1 :]) - held[number]
-            again = earlier & held[number]
-            repeated = bool(number) and step.drawn == steps[number - 1].drawn and bool(again)
-            row = self._row(solution, windows[solution.window], share, counts, others, again, repeated)
-            rows.append((float(step.drawn), row))
+            window, again = set(windows[solution.window]), earlier & held[number]
+            facts = Facts(
+                weights=[solution.weights.get(index, 0.0) for index in sorted(window)],
+                right=[share[index] for index in sorted(window)],
+                counts=[counts[index] for index in sorted(window)],
+                steps=self._k,
+                outside={index: weight for index, weight in sorted(solution.weights.items()) if index not in window},
+                elsewhere=len(window & earlier.union(*held[number + 1 :]) - held[number]),
+                before=len(window & again),
+                repeated=bool(again) and step.drawn == steps[number - 1].drawn,
+                suspects=self._suspects(solution.drew),
+                **{name: getattr(solution, name) for name in SHARED},
+            )
+            rows.append((float(step.drawn), _row(sorted(window), facts)))
             earlier |= held[number]
         taken = {solution.window for solution in solutions}
         last = len(windows) if self._limit is None else max(taken, default=-1)
-        for number, window in enumerate(windows[:last]):
-            never = [index for index in window if index not in earlier]
+        for number, indices in enumerate(windows[:last]):
+            never = [index for index in indices if index not in earlier]
             if never and number not in taken:
                 many = f"{len(never)} micro-batch{'es were' if len(never) > 1 else ' was'}"
                 shares, sentence = [share[index] for index in never], f"{many} drawn, and no step came."
                 row = Update(never, [0.0] * len(never), shares, 0.0, 1.0, 0.0, KINDS[0], sentence)
                 rows.append((never[-1] + 0.5, row))
         return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
-
-    def _row(
-        self,
-        solution: Solution,
-        window: list[int],
-        share: dict[int, float],
-        counts: list[float],
-        others: set[int],
-        again: set[int],
-        repeated: bool,
-    ) -> Update:
-        outside = {index: weight for index, weight in sorted(solution.weights.items()) if index not in window}
-        weights, right = [solution.weights.get(index, 0.0) for index in window], [share[index] for index in window]
-        kind, verdict = kind_of(
-            Facts(
-                weights=weights,
-                right=right,
-                counts=[counts[index] for index in window],
-                steps=self._k,
-                outside=outside,
-                elsewhere=len(others.intersection(window)),
-                before=len(again.intersection(window)),
-                repeated=repeated,
-                earlier=solution.earlier,
-                residual=solution.residual,
-                apart=solution.apart,
-                error=solution.error,
-                uncertainty=solution.uncertainty,
-                finite=solution.finite,
-                suspects=self._suspects(solution.drew),
-            )
-        )
-        return Update(
-            [*window, *outside],
-            [*weights, *outside.values()],
-            [*right, *[0.0] * len(outside)],
-            solution.earlier,
-            solution.error,
-            solution.residual,
-            kind,
-            verdict,
-        )
 
     def _suspects(self, drew: bool) -> list[str]:
         suspects = []
@@ -251,7 +209,7 @@ def audit(
             parameters and buffers on the CPU, and up to 100,000 numbers of the gradient; and every micro-batch.
 
     Returns:
-        A context manager: `seen(loader)` in place of the loader (with accelerate, of the loader that `prepare` returned),
+        A context manager: `seen(loader)` in place of the loader (with accelerate, of the one that `prepare` returned),
         `seen.note(micro_batch)` in a collator; afterwards `seen.updates`, a list of `Update` in order of time, and a
         table as `print(seen)`.
 
@@ -336,9 +294,16 @@ def _draws(module: nn.Module) -> bool:
     return ("Dropout" in name and getattr(module, "p", 1.0) > 0) or "DropPath" in name or "StochasticDepth" in name
 
 
-def _shares(counts: Sequence[float]) -> list[float]:
-    total = sum(counts)
-    return [count / total if total else 0.0 for count in counts]
+def _row(window: list[int], facts: Facts) -> Update:
+    return Update(
+        [*window, *facts.outside],
+        [*facts.weights, *facts.outside.values()],
+        [*facts.right, *[0.0] * len(facts.outside)],
+        facts.earlier,
+        facts.error,
+        facts.residual,
+        *kind_of(facts),
+    )
 
 
 def _lines(updates: Sequence[Update]) -> Iterator[str]:

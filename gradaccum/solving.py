@@ -103,6 +103,13 @@ class Solution(NamedTuple):
     finite: bool = True
     drew: bool = False
 
+    def holds(self, index: int, share: float) -> bool:
+        """Return whether a micro-batch with this share of its window is in it."""
+        return abs(self.weights[index]) > max(CLOSE * share, self.uncertainty)
+
+
+SHARED = ("earlier", "residual", "apart", "uncertainty", "error", "finite")  # what a verdict needs as it is
+
 
 def windows_of(drawn: Sequence[tuple[int, Any]], accumulation_steps: int) -> list[list[int]]:
     """Return the windows as they are meant: k of an epoch, the last may be shorter; by index.
@@ -134,6 +141,8 @@ class Solver:
 
     def __post_init__(self) -> None:
         self.of = {index: number for number, window in enumerate(self.windows) for index in window}
+        totals = [sum(self.counts[index] for index in window) for window in self.windows]
+        self.share = {index: self.counts[index] / (totals[number] or 1) for index, number in self.of.items()}
 
     def solutions(self, steps: Sequence[Step]) -> list[Solution]:
         """Return one for each step."""
@@ -251,11 +260,10 @@ class Solver:
             return sampled([each.grad for each in trained_now], trained_now)[0]
 
     def _error(self, step: Step, solution: Solution) -> float:
-        window = self.windows[solution.window]
-        total = sum(self.counts[index] for index in window)
-        if not solution.finite or not total:
+        window = [index for index in self.windows[solution.window] if self.share[index]]
+        if not solution.finite or not window:
             return math.nan
-        columns = ((self.counts[index] / total, self._column(step, index)) for index in window)
+        columns = ((self.share[index], self._column(step, index)) for index in window)
         expected = sum((share * column for share, column in columns if column is not None), torch.zeros(()))
         size = expected.norm().item()
         return (step.gradient - expected).norm().item() / size if size else math.nan
