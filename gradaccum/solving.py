@@ -166,12 +166,12 @@ class Solver:
         near = sorted({*due, *range(since, step.drawn)})
         leak = before.gradient if before and before.gradient.any() and before.gradient.isfinite().all() else None
         leak = None if leak is None or leak.shape != step.gradient.shape else leak
-        exact = 100 * max(torch.finfo(each.dtype).eps for each in step.trained)
+        exact = min(CLOSE, 100 * max(torch.finfo(each.dtype).eps for each in step.trained))
         best, window = None, expected
         for some, with_leak in ((due, None), (due, leak), (near, None), (near, leak)):
             if (with_leak is None and some is not due and near == due) or (with_leak is None and some is due and best):
                 continue
-            solution = self._solved(step, some, with_leak)
+            solution = self._solved(step, some, with_leak, exact)
             if solution is None or (best is not None and solution.residual > 0.05 * best.residual):
                 continue  # more unknowns always leave less; only much less says anything
             best, window = solution, expected if some is due else self._belongs(solution.weights, expected)
@@ -188,7 +188,7 @@ class Solver:
         of = free or shares or {expected: 1.0}
         return max(of, key=lambda number: of[number])
 
-    def _solved(self, step: Step, some: Sequence[int], leak: Tensor | None) -> Solution | None:
+    def _solved(self, step: Step, some: Sequence[int], leak: Tensor | None, exact: float) -> Solution | None:
         indices: list[int] = []
         columns: list[Tensor] = []
         for index in reversed(some):
@@ -206,6 +206,9 @@ class Solver:
         solution = torch.linalg.lstsq(matrix, step.gradient[:, None], driver="gelsd").solution[:, 0]
         rest = matrix @ solution - step.gradient
         residual = rest.norm().item() / size
+        own = (matrix[:, : len(indices)] @ solution[: len(indices)]).norm()
+        if leak is not None and (residual > exact or rest.norm() > CLOSE * own):
+            return None  # the step before is alike also where both have a further term
         found = (solution / lengths).tolist()
         earlier = 0.0 if leak is None else found.pop()
         eps = max(torch.finfo(each.dtype).eps for each in step.trained)

@@ -614,6 +614,20 @@ def test_a_small_part_that_is_not_cleared_is_seen():
     assert "1." in seen.updates[1].verdict
 
 
+def test_a_further_term_that_hardly_changes_is_no_leak():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+
+    def loop(loader):
+        for window in windows(loader, 4):
+            for batch in window:
+                (mean(model, batch) / 4 + sum(each.square().sum() for each in model.parameters())).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    assert kinds_of(run(model, optimizer, loop, sizes=[4] * 16)) == ["no weighted sum"] * 4
+
+
 def test_layers_are_frozen_and_thawed_in_the_loop():
     for clears in (True, False):
         model = net()
