@@ -166,6 +166,8 @@ class Solver:
         near = sorted({*due, *range(since, step.drawn)})
         leak = before.gradient if before and before.gradient.any() and before.gradient.isfinite().all() else None
         leak = None if leak is None or leak.shape != step.gradient.shape else leak
+        if leak is not None and _equal(step.gradient, leak):
+            return Solution(expected, {}, 1.0, uncertainty=0.0)  # the same step once more
         exact = min(CLOSE, 100 * max(torch.finfo(each.dtype).eps for each in step.trained))
         best, window = None, expected
         for some, with_leak in ((due, None), (due, leak), (near, None), (near, leak)):
@@ -206,9 +208,8 @@ class Solver:
         solution = torch.linalg.lstsq(matrix, step.gradient[:, None], driver="gelsd").solution[:, 0]
         rest = matrix @ solution - step.gradient
         residual = rest.norm().item() / size
-        own = (matrix[:, : len(indices)] @ solution[: len(indices)]).norm()
-        if leak is not None and (residual > exact or rest.norm() > CLOSE * own):
-            return None  # the step before is alike also where both have a further term
+        if leak is not None and (residual > exact or solution.min() < -CLOSE * solution.max()):
+            return None  # the step before is alike, and takes it away, where both have a further term
         found = (solution / lengths).tolist()
         earlier = 0.0 if leak is None else found.pop()
         eps = max(torch.finfo(each.dtype).eps for each in step.trained)
