@@ -60,7 +60,15 @@ def test_accelerate():
     accelerate = pytest.importorskip("accelerate")
     model = small()
     names = names_for(model, torch.optim.SGD(model.parameters(), lr=0.5))
-    scope = names | {"accelerator": accelerate.Accelerator(gradient_accumulation_steps=4, cpu=True)}
+    accelerator = accelerate.Accelerator(gradient_accumulation_steps=4, cpu=True)
+    scope = names | {"accelerator": accelerator}
+
+    def training_step(batch):
+        accelerator.backward(names["mean_loss"](batch))
+        scope["wrapped"].step()
+        scope["wrapped"].zero_grad()
+
+    scope["training_step"] = training_step
     exec(recipe("accelerate"), scope)
     assert [update.kind for update in scope["seen"].updates] == FAULTS
 
