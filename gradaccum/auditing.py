@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gradaccum import refusals
 from gradaccum.borrowed import refuse_to_borrow
 from gradaccum.refusals import Model
-from gradaccum.solving import SHARED, Solver, Step, after_step, before_step, windows_of
+from gradaccum.solving import SHARED, Solver, Step, after_step, before_step, hooks_of, windows_of
 from gradaccum.verdicts import KINDS, Facts, kind_of
 
 
@@ -64,7 +64,7 @@ class Audit:
         self._k, self._limit = accumulation_steps, limit
         own = set(refusals.named(modules, "parameters").values())
         others = [each for group in optimizer.param_groups for each in group["params"] if each not in own]
-        self._modules = [*modules, nn.ParameterList(others)]
+        self._modules = [*modules, *([nn.ParameterList(others)] if others else [])]
         self._drawn, self._steps, self._handles, self._epochs = list[tuple[int, Any]](), list[Step](), list[Any](), 0
 
     def __call__(self, micro_batches: Iterable[Any]) -> _Noted:
@@ -137,6 +137,8 @@ class Audit:
         rows, earlier = [], set[int]()
         for number, (step, solution) in enumerate(zip(steps, solutions, strict=True)):
             window, again = set(windows[solution.window]), earlier & held[number]
+            if number and held[number - 1] == held[number]:
+                again = set()  # a second pass over a window, as PPO makes it
             facts = Facts(
                 weights=[solution.weights.get(index, 0.0) for index in sorted(window)],
                 right=[share[index] for index in sorted(window)],
@@ -145,7 +147,6 @@ class Audit:
                 outside={index: weight for index, weight in sorted(solution.weights.items()) if index not in window},
                 elsewhere=len(window & earlier.union(*held[number + 1 :]) - held[number]),
                 before=len(window & again),
-                repeated=bool(again) and step.drawn == steps[number - 1].drawn,
                 suspects=self._suspects(solution.drew),
                 **{name: getattr(solution, name) for name in SHARED},
             )
@@ -169,6 +170,8 @@ class Audit:
             kinds = {type(module).__name__ for module in modules if module.training and _draws(module)}
             names = ", ".join(sorted(kinds)) or "the forward"
             suspects.append(f"{names}, which draws random numbers anew (audit without)")
+        if hooks_of(each for module in self._modules for each in module.parameters()):
+            suspects.append("hooks on parameters, such as masks")
         if isinstance(self._optimizer, torch.optim.LBFGS):
             suspects.append("LBFGS, which moves inside its step")
         trained = {each for group in self._optimizer.param_groups for each in group["params"]}

@@ -8,7 +8,8 @@ can be solved for by least squares, from outside of the loop.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -29,15 +30,17 @@ class Step:
     Attributes:
         drawn: how many micro-batches were until then; -1 before the step is through.
         trained: what the optimizer steps.
-        tensors: of each module its parameters and buffers, by name, with their values.
-        modes: of each module, and of each parameter whether it is trained.
+        values: of the parameters; of the buffers by module and name, since a forward may put others in their place.
+        modes: of each module.
+        required: whether each parameter is trained.
         gradient: of what is trained, one vector in float64; of many numbers, a sample.
         lengths: the share of each trained tensor in it.
     """
 
     drawn: int
     trained: list[Tensor]
-    tensors: list[tuple[nn.Module, str, Tensor, Tensor]]
+    values: dict[Tensor, Tensor]
+    buffers: list[tuple[nn.Module, str, Tensor]]
     modes: list[tuple[nn.Module, bool]]
     required: dict[Tensor, bool]
     gradient: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -48,15 +51,14 @@ def before_step(modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer) 
     """Note what a step is about to change."""
     inner = [module for outer in modules for module in outer.modules()]
     trained = [each for group in optimizer.param_groups for each in group["params"]]
-    values: dict[Tensor, Tensor] = {}  # tied weights once
-    tensors = []
-    for module in inner:
-        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            if tensor not in values:
-                values[tensor] = tensor.detach().to("cpu", copy=True)
-            tensors.append((module, name, tensor, values[tensor]))
+    values = {each: each.detach().to("cpu", copy=True) for each in [*refusals.named(modules, "parameters").values()]}
+    buffers = [
+        (module, name, buffer.detach().to("cpu", copy=True))
+        for module in inner
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
     required = {each: each.requires_grad for each in [*values, *trained]}
-    return Step(-1, trained, tensors, [(module, module.training) for module in inner], required)
+    return Step(-1, trained, values, buffers, [(module, module.training) for module in inner], required)
 
 
 def after_step(step: Step, drawn: int) -> None:
@@ -157,7 +159,8 @@ class Solver:
 
     def _solution(self, step: Step, before: Step | None, since: int) -> Solution:
         """Solve for the window that is due; for others, and the step before, only where that leaves a rest."""
-        expected = min(max(self.taken, default=-1) + 1, self.of[step.drawn - 1])
+        last = self.of[step.drawn - 1]
+        expected = min(max(self.taken, default=-1) + 1, last)
         if not step.gradient.isfinite().all():
             return Solution(expected, finite=False)
         if not step.gradient.any():
@@ -170,6 +173,12 @@ class Solver:
             return Solution(expected, {}, 1.0, uncertainty=0.0)  # the same step once more
         exact = min(CLOSE, 100 * max(torch.finfo(each.dtype).eps for each in step.trained))
         best, window = None, expected
+        if last not in self.taken and last != expected:  # a step was skipped, or the loop draws ahead
+            latest = [index for index in self.windows[last] if index < step.drawn]
+            best = self._solved(step, latest, None, exact)
+            if best is not None and best.residual <= exact:
+                return best._replace(window=last)
+            best = None
         for some, with_leak in ((due, None), (due, leak), (near, None), (near, leak)):
             if (with_leak is None and some is not due and near == due) or (with_leak is None and some is due and best):
                 continue
@@ -219,17 +228,23 @@ class Solver:
         if any(self.of[index] != self.of[some[-1]] for index in some):  # what is but noise is not in it
             least = CLOSE * max(map(abs, found))
             weights = {index: weight for index, weight in weights.items() if abs(weight) > least}
-        return Solution(0, weights, earlier, residual, self._apart(step, rest), uncertainty)
+        return Solution(0, weights, earlier, residual, self._apart(step, rest, weights), uncertainty)
 
-    def _apart(self, step: Step, rest: Tensor) -> tuple[str, float] | None:
+    def _apart(self, step: Step, rest: Tensor, weights: Mapping[int, float]) -> tuple[str, float] | None:
         """Return the parameter whose own gradient is no such sum, though it is too small to show in the whole."""
         names = {tensor: name for name, tensor in refusals.named(self.modules, "parameters").items()}
-        total, worst = step.gradient.norm().item(), None
-        parts = (torch.split(vector, step.lengths) for vector in (step.gradient, rest))
-        for parameter, own, left in zip(step.trained, *parts, strict=True):
-            size, share = own.norm().item(), left.norm().item()
-            if size > 1e-5 * total and share > 0.05 * size and (worst is None or share > worst[1] * size):
-                worst = (names.get(parameter, "a parameter"), share / size)
+        total, noise, worst = step.gradient.norm().item(), None, None
+        for at, parameter in enumerate(step.trained):
+            own, left = (torch.split(vector, step.lengths)[at].norm().item() for vector in (step.gradient, rest))
+            size = max(own, left)  # a gradient that is lost is left over whole
+            if size <= 1e-6 * total or left <= 0.05 * size or (worst is not None and left <= worst[1] * size):
+                continue
+            if noise is None:  # what rounding makes of one column: a bias before BatchNorm has nothing else
+                some = next(index for index in weights if self._column(step, index) is not None)
+                change = self._gradient(step, some, nudged=True) - self._gradient(step, some)
+                noise = change * sum(map(abs, weights.values()))
+            if left > 100 * torch.split(noise, step.lengths)[at].norm().item():
+                worst = (names.get(parameter, "a parameter"), left / size)
         return worst
 
     def _column(self, step: Step, index: int) -> Tensor | None:
@@ -241,27 +256,28 @@ class Solver:
             self.columns[index] = column if column.isfinite().all() else None
         return self.columns[index]
 
-    def _gradient(self, step: Step, index: int) -> Tensor:
+    def _gradient(self, step: Step, index: int, nudged: bool = False) -> Tensor:
         with borrowed(self.modules), refusals.forgetting(self.modules), torch.enable_grad():
-            fresh: dict[Tensor, Tensor] = {}
-            for module, name, tensor, value in step.tensors:  # not the loop's own, whose hooks would run
-                if tensor not in fresh:
-                    copied = value.to(tensor.device, copy=True)
-                    trained = (
-                        nn.Parameter(copied, step.required[tensor]) if isinstance(tensor, nn.Parameter) else copied
-                    )
-                    fresh[tensor] = trained
-                setattr(module, name, fresh[tensor])
+            here = refusals.named(self.modules, "parameters").values()
+            for parameter in here:
+                if parameter in step.values:
+                    parameter.data = step.values[parameter].to(parameter.device, copy=True)
+                    parameter.requires_grad_(step.required[parameter])
+                if nudged:
+                    parameter.data.mul_(1 + torch.finfo(parameter.dtype).eps)
+            for module, name, value in step.buffers:
+                buffer = dict(module.named_buffers(recurse=False)).get(name)
+                if buffer is not None:
+                    buffer.data = value.to(buffer.device, copy=True)
             for module, training in step.modes:
                 module.training = training
             before = random_state(self.modules)
             loss = self.loss_sum(self.drawn[index][1])
             refusals.refuse_unless_scalar_with_graph(loss, f"micro-batch {index}")
             self.drew = self.drew or random_state(self.modules) != before
-            trained_now = [fresh.get(each, each) for each in step.trained]
-            with others_untouched(loss, trained_now):
+            with others_untouched(loss, here), without_hooks(here):
                 (loss / self.counts[index]).backward()  # type: ignore[no-untyped-call]
-            return sampled([each.grad for each in trained_now], trained_now)[0]
+            return sampled([each.grad for each in step.trained], step.trained)[0]
 
     def _error(self, step: Step, solution: Solution) -> float:
         window = [index for index in self.windows[solution.window] if self.share[index]]
@@ -271,6 +287,29 @@ class Solver:
         expected = sum((share * column for share, column in columns if column is not None), torch.zeros(()))
         size = expected.norm().item()
         return (step.gradient - expected).norm().item() / size if size else math.nan
+
+
+@contextmanager
+def without_hooks(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Let no hook of the loop's run, which may change a gradient or make a step: what is asked for is the loss's own.
+
+    The names are private: there is no public way to set hooks aside, and fresh parameters in the place of these, tried
+    first, break whatever holds on to the old ones (closures, ties, TorchScript).
+    """
+    held = [(hooks, dict(hooks)) for hooks in hooks_of(parameters)]
+    try:
+        for hooks, _ in held:
+            hooks.clear()
+        yield
+    finally:
+        for hooks, content in held:
+            hooks.update(content)
+
+
+def hooks_of(parameters: Iterable[Tensor]) -> list[dict[Any, Any]]:
+    """Return where the parameters' hooks are kept, of those that have any."""
+    names = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    return [hooks for each in parameters for name in names if (hooks := getattr(each, name, None))]
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

@@ -38,7 +38,6 @@ class Facts:
         outside: the weights of other micro-batches, by index.
         elsewhere: how many of the window's micro-batches have a weight in another update alone.
         before: how many have one in an earlier update too.
-        repeated: whether it is the step before once more, with no micro-batch drawn since.
         earlier: the factor of the gradient of the update before.
         residual: the share of the gradient that is no such sum.
         apart: a parameter whose own gradient is none, and its share, where that does not show in the whole.
@@ -55,7 +54,6 @@ class Facts:
     outside: dict[int, float] = field(default_factory=dict)
     elsewhere: int = 0
     before: int = 0
-    repeated: bool = False
     earlier: float = 0.0
     residual: float = 0.0
     apart: tuple[str, float] | None = None
@@ -142,19 +140,17 @@ def _unless_known(facts: Facts) -> tuple[str, str] | None:
         else:
             suspects = ["a further term or another loss", "a backward of another model", *suspects]
         return "no weighted sum", (
-            f"{100 * facts.residual:.2g} % of this gradient is no weighted sum of these losses' gradients. "
+            f"{_percent(facts.residual)} of this gradient is no weighted sum of these losses' gradients. "
             f"Suspects: {', '.join(suspects)}."
         )
     if facts.apart:
         name, share = facts.apart
         return "no weighted sum", (
-            f"Of {name}'s own gradient {100 * share:.2g} % is no weighted sum, though it is little of the whole: is it "
+            f"Of {name}'s own gradient {_percent(share)} is no weighted sum, though it is little of the whole: is it "
             "cleared, and trained by this loss alone?"
         )
     if facts.uncertainty > 0.05 * max(facts.right):
         return ALIKE
-    if facts.repeated:
-        return EARLIER, "No micro-batch was drawn since the step before: step once a window."
     if abs(facts.earlier) > CLOSE:
         return EARLIER, (
             f"{_number(facts.earlier)} times the gradient of the update before is still in it: clear after each step."
@@ -217,6 +213,10 @@ def _too_large(facts: Facts) -> str:
 def _listed(counts: Sequence[float]) -> str:
     shown = [f"{count:g}" for count in counts[:8]]
     return ", ".join(shown[:-1]) + f" and {shown[-1]}" if len(counts) <= 8 else ", ".join(shown) + " and more"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %" if share < 1 else f"{100 * share:.0f} %"
 
 
 def _number(value: float) -> str:

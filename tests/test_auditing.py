@@ -783,6 +783,107 @@ def test_a_dropped_window_and_the_same_micro_batches_shuffled(seed):
     ]
 
 
+def test_a_script_module_trains_on():
+    def losses(with_audit):
+        model = torch.jit.script(net())
+        optimizer = sgd(model.parameters())
+        if with_audit:
+            assert kinds_of(run(model, optimizer, lambda loader: outer(model, optimizer, loader, 4))) == ["right"] * 2
+        else:
+            outer(model, optimizer, micro_batches([4] * 8), 4)
+        found = []
+        for _ in range(3):
+            outer(model, optimizer, micro_batches([4] * 8, seed=1), 4)
+            found.append(total(model, micro_batches([9])[0]).item())
+        return found
+
+    assert losses(True) == losses(False)
+
+
+class Tied(nn.Module):
+    """One weight under two names, an attribute on it, and a small part."""
+
+    def __init__(self, scale=1e-3):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one = nn.Parameter(torch.randn(6, 6) / 3)
+        self.other, self.one.gain = self.one, 2.0
+        self.head, self.small, self.scale = nn.Linear(6, 3), nn.Linear(6, 3), scale
+
+    def forward(self, x):
+        x = torch.tanh(torch.tanh(x @ self.one * self.one.gain) @ self.other)
+        return self.head(x) + self.scale * self.small(x)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e-5])
+@pytest.mark.parametrize("loses", [False, True])
+def test_weights_that_a_closure_holds_and_a_part_that_is_lost(scale, loses):
+    model, temperature = Tied(scale), nn.Parameter(torch.tensor(1.5))
+    parameters = [*model.parameters(), temperature]
+    optimizer = torch.optim.Adam(parameters, lr=0.01)
+
+    def loss(_, batch):
+        penalty = sum(each.square().sum() for each in parameters)
+        return cross_entropy(model(batch[0] * temperature), batch[1], reduction="sum") + 0.01 * len(batch[1]) * penalty
+
+    def only_data(_, batch):
+        return cross_entropy(model(batch[0] * temperature), batch[1], reduction="sum")
+
+    for each in (loss, only_data):
+
+        def loop(loader, each=each):
+            for window in windows(loader, 4):
+                for batch in window:
+                    (each(None, batch) / 16).backward()
+                if loses:
+                    model.small.zero_grad()
+                optimizer.step()
+                optimizer.zero_grad()
+
+        assert kinds_of(run(model, optimizer, loop, loss=each)) == ["no weighted sum" if loses else "right"] * 2
+
+
+def test_a_bias_that_a_norm_takes_off_is_no_fault():
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(6 if n == 0 else 16, 16), nn.BatchNorm1d(16), nn.ReLU()) for n in range(3)]
+    model = nn.Sequential(*layers, nn.Linear(16, 3))
+    optimizer = sgd(model.parameters())
+    loader = [(0.003 * x, y) for x, y in micro_batches([8, 5, 9, 4, 6, 7])]
+    seen = run(model, optimizer, lambda given: counted_first(model, optimizer, given, 3), given=loader, k=3)
+    assert kinds_of(seen) == ["right"] * 2
+
+
+def test_epochs_of_the_same_micro_batches_with_a_step_that_is_skipped():
+    model, loader = net(), micro_batches([4] * 4)
+    optimizer = sgd(model.parameters())
+    with audit(model, optimizer, lambda b: total(model, b), items, accumulation_steps=4) as seen:
+        for epoch in range(3):
+            for window in windows(seen(loader), 4):
+                accumulate(model, window, lambda b: total(model, b), items)
+                if epoch:
+                    optimizer.step()
+                optimizer.zero_grad()
+    assert [(update.micro_batches[0], update.kind) for update in seen.updates] == [
+        (0, "left over, never stepped"),
+        (4, "right"),
+        (8, "right"),
+    ]
+
+
+def test_two_passes_over_a_window_are_two_updates():
+    model = net()
+    optimizer = sgd(model.parameters())
+
+    def loop(loader):
+        for window in windows(loader, 4):
+            for _ in range(2):
+                accumulate(model, window, lambda batch: total(model, batch), items)
+                optimizer.step()
+                optimizer.zero_grad()
+
+    assert kinds_of(run(model, optimizer, loop)) == ["right"] * 4
+
+
 def test_two_optimizers_share_a_model():
     model = net()
     one, other = sgd(model[0].parameters()), sgd(model[2].parameters())
