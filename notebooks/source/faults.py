@@ -64,7 +64,7 @@ class Fault(NamedTuple):
 
 SUM = 'loss = cross_entropy(model(inputs), targets, reduction="sum") / count'
 MEAN = "loss = cross_entropy(model(inputs), targets) / k"
-IF, STEP, CLEAR = "if (step + 1) % k == 0:", "optimizer.step()", "optimizer.zero_grad()"
+IF, CLEAR = "if (step + 1) % k == 0:", "optimizer.zero_grad()"
 PER_WINDOW = "for window in windows(loader, k):"
 FAULTS = [
     Fault("the leftover waits", TUTORIAL, IF, IF, PER_WINDOW, 2),
@@ -202,8 +202,8 @@ def run(fault):
 
 
 def shown(values):
-    """Return weights in two digits."""
-    return " ".join(f"{round(value, 2) + 0:g}" for value in values)
+    """Return weights in two digits, as .25 for a quarter."""
+    return " ".join(f"{round(value, 2) + 0:g}".replace("0.", ".") for value in values)
 
 
 def row(fault):
