@@ -105,7 +105,9 @@ def closure(model, optimizer, loader, k):
 
         def run(window=window):
             optimizer.zero_grad()
-            (sum(total(model, batch) for batch in window) / sum(map(items, window))).backward()
+            loss = sum(total(model, batch) for batch in window) / sum(map(items, window))
+            loss.backward()
+            return loss
 
         optimizer.step(run)
 
@@ -868,6 +870,14 @@ def test_epochs_of_the_same_micro_batches_with_a_step_that_is_skipped():
         (4, "right"),
         (8, "right"),
     ]
+
+
+def test_lbfgs_moves_inside_its_step():
+    model = net()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=4)
+    (update,) = run(model, optimizer, lambda loader: closure(model, optimizer, loader, 4), sizes=[4] * 4).updates
+    assert update.kind == "no weighted sum"
+    assert "LBFGS, which moves inside its step" in update.verdict
 
 
 def test_two_passes_over_a_window_are_two_updates():
