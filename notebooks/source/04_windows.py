@@ -392,7 +392,7 @@ assert moved["4 steps on 8 names"] > 2 * moved["1 step on the window of 32"]
 # %% recap [markdown]
 # ## Recap
 #
-# - A loop over micro-batches with an `if` goes wrong in seven ways: leftover, off-by-one, divisor, `zero_grad`, clipping, schedule, log. [One page](FAULTS.md) has their weights.
+# - A loop over micro-batches with an `if` goes wrong in seven ways: leftover, off-by-one, divisor, `zero_grad`, clipping, schedule, log. [One page](../notebooks/FAULTS.md) has their weights.
 # - With the window as the outer loop each update stands once, and the divisor is the window's own.
 # - The same data makes k times fewer updates; the learning rate and the schedule have to know that.
 #
