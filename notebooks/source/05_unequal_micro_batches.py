@@ -477,9 +477,10 @@ def said(split):
 
 found = {}  # for each loss the verdicts of what is right, if anything is, and of a habit
 rows = [
-    "| your loss | what to sum | what to count | `ok`, error | a habit, error |",
-    "|---|---|---|---|---|",
+    "| your loss | what to sum | what to count | `ok`, error |",
+    "|---|---|---|---|",
 ]
+habits = ["| your loss | a habit | `ok`, error |", "|---|---|---|"]
 
 
 def row(name, model, loss, right=None, habit=None, **items):
@@ -489,11 +490,12 @@ def row(name, model, loss, right=None, habit=None, **items):
     pairs = [pair for pair in (right, habit) if pair]
     found[name] = [check(model, items, loss, *pair, n=first[1]) for pair in pairs]
     codes = [f"`{code}`" for code in right] if right else ["cannot be cut", ""]
-    cells = [f"{name}: `{loss}`", *codes, said(found[name][0]) if right else "", ""]
+    cells = [f"{name}: `{loss}`", *codes, said(found[name][0]) if right else ""]
+    rows.append("| " + " | ".join(cells) + " |")
     if habit:
         changed = f"sum `{habit[0]}`, " if habit[0] != first[0] or not right else ""
-        cells[-1] = f"{changed}count `{habit[1]}`: {said(found[name][-1])}"
-    rows.append("| " + " | ".join(cells) + " |")
+        last = said(found[name][-1])
+        habits.append(f"| {name} | {changed}count `{habit[1]}` | {last} |")
 
 
 torch.manual_seed(0)
@@ -629,7 +631,7 @@ row(
     y=y,
 )
 
-display(Markdown("\n".join(rows)))
+display(Markdown("\n".join(rows)), Markdown("\n".join(habits)))
 for name in ("with class weights", "any, with BatchNorm in training"):
     print(f"The verdict on the habit, {name}: {found[name][-1]}")
 
