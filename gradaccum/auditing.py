@@ -77,10 +77,8 @@ class Audit:
         A collator in a worker process notes nothing here: use `num_workers=0` for the audit.
         """
         if self._limit is None or len(self._steps) < self._limit or self._steps[-1].drawn < 0:
-            keep = (
-                copy.copy(micro_batch) if isinstance(micro_batch, Mapping | list) else micro_batch
-            )  # loops pop labels
-            self._drawn.append((self._epochs, keep))
+            popped = isinstance(micro_batch, Mapping | list)  # loops take labels out of them
+            self._drawn.append((self._epochs, copy.copy(micro_batch) if popped else micro_batch))
         return micro_batch
 
     def __enter__(self) -> Self:
@@ -166,7 +164,7 @@ class Audit:
     def _suspects(self, drew: bool) -> list[str]:
         suspects = []
         if drew:
-            modules = (module for outer in self._modules for module in outer.modules())
+            modules = refusals.inner(self._modules)
             kinds = {type(module).__name__ for module in modules if module.training and _draws(module)}
             names = ", ".join(sorted(kinds)) or "the forward"
             suspects.append(f"{names}, which draws random numbers anew (audit without)")
@@ -177,8 +175,7 @@ class Audit:
         trained = {each for group in self._optimizer.param_groups for each in group["params"]}
         if any(each.requires_grad and each not in trained for one in self._modules for each in one.parameters()):
             suspects.append("the step of another optimizer, if it came first")
-        distributed = torch.distributed
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        if refusals.ranks() > 1:
             suspects.append("other processes' micro-batches")
         return suspects
 

@@ -90,8 +90,11 @@ def borrowed(
     parameters = list(refusals.named(modules, "parameters").values())
     saved = {tensor: tensor.data for tensor in [*parameters, *refusals.named(modules, "buffers").values()]}
     # Modes, buffers and parameters, also those that a forward puts in their place, and caches, one level deep.
-    inner = [vars(module) for outer in modules for module in outer.modules()]
-    holders = [*inner, *(value for each in inner for value in each.values() if isinstance(value, _CONTAINERS))]
+    attributes = [vars(module) for module in refusals.inner(modules)]
+    holders = [
+        *attributes,
+        *(value for each in attributes for value in each.values() if isinstance(value, _CONTAINERS)),
+    ]
     contents = [(holder, copy.copy(holder)) for holder in holders]
     grads = [(each, each.grad, each.requires_grad, getattr(each, "grad_dtype", None)) for each in parameters]
     states = [(write, read()) for read, write in _random_sources(saved)]
@@ -131,6 +134,19 @@ def borrowed(
 
         afresh()
         yield afresh
+
+
+def nudge(modules: Sequence[nn.Module]) -> None:
+    """Make each parameter one bit larger: what changes then is what rounding does. For borrowed modules only."""
+    for parameter in refusals.named(modules, "parameters").values():
+        parameter.data.mul_(1 + torch.finfo(parameter.dtype).eps)
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """Return it as what a norm takes: not sparse, in 64 bits, and on the CPU, since not each device has those."""
+    strided = tensor.detach().cpu()
+    strided = strided.to_dense() if strided.layout != torch.strided else strided
+    return strided.to(torch.promote_types(strided.dtype, torch.float64))
 
 
 def _put_back(grads: Sequence[tuple[Any, Any, bool, Any]]) -> None:
@@ -213,7 +229,7 @@ class _Reaching(TorchFunctionMode):
             if entered.pop():
                 self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
-        for module in (module for outer in modules for module in outer.modules()):
+        for module in refusals.inner(modules):
             if not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
                 module.register_forward_pre_hook(enter)  # they go when attributes are put back
                 module.register_forward_hook(leave, always_call=True)

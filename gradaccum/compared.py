@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gradaccum import refusals
 from gradaccum.accumulation import Counts, Sums, accumulate
-from gradaccum.borrowed import borrowed, convert, gradient_of, others_untouched, random_state
+from gradaccum.borrowed import borrowed, convert, dense, gradient_of, nudge, others_untouched, random_state
 from gradaccum.gradients import relative_error
 
 
@@ -101,8 +101,8 @@ class Case:
                 restart()
                 for module in quiet:
                     module.training = False  # not eval(): what is inside it keeps its mode
-                for parameter in refusals.named(self.modules, "parameters").values() if nudged else ():
-                    parameter.data.mul_(1 + torch.finfo(parameter.dtype).eps)
+                if nudged:
+                    nudge(self.modules)
                 gradients = run(given)
                 ends.append((gradients, self._remembered(), random_state(self.modules) != before))
             names = list(refusals.named(self.modules, "parameters"))
@@ -164,18 +164,12 @@ class Case:
                 running[-1][1] = state
 
         with self._prepared(dtype), torch.enable_grad():
-            for module in (module for outer in self.modules for module in outer.modules()):
+            for module in refusals.inner(self.modules):
                 if not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
                     module.register_forward_pre_hook(enter)  # and is rid of them when everything is put back
                     module.register_forward_hook(leave)
             self.loss(convert(self.batch, dtype))
         return ran, list(drawing)
-
-
-def dense(tensor: Tensor) -> Tensor:
-    """Return it as what a norm takes: not sparse, and in 64 bits."""
-    dense = tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach()
-    return dense.to(torch.promote_types(dense.dtype, torch.float64))
 
 
 def norm(gradients: Iterable[Tensor | None]) -> float:

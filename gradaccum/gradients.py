@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradaccum import refusals
-from gradaccum.borrowed import borrowed, convert, gradient_of, refuse_to_borrow
+from gradaccum.borrowed import borrowed, convert, dense, gradient_of, refuse_to_borrow
 from gradaccum.refusals import Model
 
 Batch = TypeVar("Batch")
@@ -46,8 +46,8 @@ def relative_error(actual: Gradients, expected: Gradients) -> float:
             )
         if one is None and other is None:
             continue
-        left = torch.zeros_like(_float64(other)) if one is None else _float64(one)  # type: ignore[arg-type]
-        right = torch.zeros_like(left) if other is None else _float64(other)
+        left = torch.zeros_like(dense(other)) if one is None else dense(one)  # type: ignore[arg-type]
+        right = torch.zeros_like(left) if other is None else dense(other)
         differences.append(torch.linalg.vector_norm(left - right).item())
         norms.append(torch.linalg.vector_norm(right).item())
     difference, norm = math.hypot(*differences), math.hypot(*norms)
@@ -108,9 +108,3 @@ def _tensors(given: Gradients, name: str) -> Sequence[Tensor | None]:
         if tensor is not None and not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must hold tensors or None, but {tensor!r} is a {type(tensor).__name__}.")
     return tensors
-
-
-def _float64(tensor: Tensor) -> Tensor:
-    dense = tensor.detach().cpu()
-    dense = dense.to_dense() if dense.layout != torch.strided else dense
-    return dense.to(torch.promote_types(dense.dtype, torch.float64))

@@ -30,6 +30,17 @@ def modules_of(model: Model) -> list[nn.Module]:
     return modules
 
 
+def inner(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    """Return the modules and all that are inside of them."""
+    return [module for outer in modules for module in outer.modules()]
+
+
+def ranks() -> int:
+    """Return how many processes train together."""
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
 def named(modules: Sequence[nn.Module], members: str) -> dict[str, Tensor]:
     """Return the modules' "parameters" or "buffers" by name, each tensor once; of several modules as `0.weight`."""
     found, seen = {}, set()
@@ -68,16 +79,14 @@ def refuse_nothing_to_train(modules: Sequence[nn.Module]) -> None:
 
 def refuse_several_processes(modules: Sequence[nn.Module], *, wrapped_only: bool = False) -> None:
     """Raise NotImplementedError for DDP, FSDP and FSDP2, and unless `wrapped_only`, for any model of several ranks."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
-    ranks = distributed.get_world_size()
-    if ranks == 1 and not wrapped_only:
+    if ranks() == 1 and not wrapped_only:
         return
     sharded: tuple[type, ...] = ()
     if sharding := sys.modules.get("torch.distributed.fsdp"):  # it is slow to import, and is if a model is sharded
         sharded = (sharding.FullyShardedDataParallel, sharding.FSDPModule)
-    for module in (module for outer in modules for module in outer.modules()):
+    for module in inner(modules):
         if isinstance(module, nn.parallel.DistributedDataParallel):
             if module.process_group.size() == 1:
                 return
@@ -86,12 +95,12 @@ def refuse_several_processes(modules: Sequence[nn.Module], *, wrapped_only: bool
         kinds = (nn.parallel.DistributedDataParallel, *sharded)
         kind = next(wrapper.__name__ for wrapper in kinds if isinstance(module, wrapper))
         raise NotImplementedError(
-            f"The model is wrapped in {kind}, which spreads gradients over {ranks} processes, and this is for one: "
+            f"The model is wrapped in {kind}, which spreads gradients over {ranks()} processes, and this is for one: "
             "count over all of them and scale the losses in a loop of your own."
         )
     if not wrapped_only:
         raise NotImplementedError(
-            f"{ranks} processes train together, and accumulate is for one: it would count this process's items only."
+            f"{ranks()} processes train together, and accumulate is for one: it would count this process's items only."
         )
 
 

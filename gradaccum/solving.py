@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gradaccum import refusals
-from gradaccum.borrowed import borrowed, others_untouched, random_state
+from gradaccum.borrowed import borrowed, nudge, others_untouched, random_state
 from gradaccum.verdicts import CLOSE
 
 COORDINATES = 100_000  # of the parameters: enough for weights to 5e-10, where all would take gigabytes
@@ -49,7 +49,7 @@ class Step:
 
 def before_step(modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer) -> Step:
     """Note what a step is about to change."""
-    inner = [module for outer in modules for module in outer.modules()]
+    inner = refusals.inner(modules)
     trained = [each for group in optimizer.param_groups for each in group["params"]]
     values = {each: each.detach().to("cpu", copy=True) for each in [*refusals.named(modules, "parameters").values()]}
     buffers = [
@@ -172,16 +172,14 @@ class Solver:
         if leak is not None and _equal(step.gradient, leak):
             return Solution(expected, {}, 1.0, uncertainty=0.0)  # the same step once more
         exact = min(CLOSE, 100 * max(torch.finfo(each.dtype).eps for each in step.trained))
-        best, window = None, expected
         if last not in self.taken and last != expected:  # a step was skipped, or the loop draws ahead
             latest = [index for index in self.windows[last] if index < step.drawn]
-            best = self._solved(step, latest, None, exact)
-            if best is not None and best.residual <= exact:
-                return best._replace(window=last)
-            best = None
-        for some, with_leak in ((due, None), (due, leak), (near, None), (near, leak)):
-            if (with_leak is None and some is not due and near == due) or (with_leak is None and some is due and best):
-                continue
+            skipped = self._solved(step, latest, None, exact)
+            if skipped is not None and skipped.residual <= exact:
+                return skipped._replace(window=last)
+        best, window = None, expected
+        leaks = [None] if leak is None else [None, leak]
+        for some, with_leak in [(some, each) for some in ([due] if near == due else [due, near]) for each in leaks]:
             solution = self._solved(step, some, with_leak, exact)
             if solution is None or (best is not None and solution.residual > 0.05 * best.residual):
                 continue  # more unknowns always leave less; only much less says anything
@@ -234,16 +232,18 @@ class Solver:
         """Return the parameter whose own gradient is no such sum, though it is too small to show in the whole."""
         names = {tensor: name for name, tensor in refusals.named(self.modules, "parameters").items()}
         total, noise, worst = step.gradient.norm().item(), None, None
-        for at, parameter in enumerate(step.trained):
-            own, left = (torch.split(vector, step.lengths)[at].norm().item() for vector in (step.gradient, rest))
-            size = max(own, left)  # a gradient that is lost is left over whole
+        parts = zip(step.trained, *(torch.split(vector, step.lengths) for vector in (step.gradient, rest)), strict=True)
+        for at, (parameter, own, other) in enumerate(parts):
+            left = other.norm().item()
+            size = max(own.norm().item(), left)  # a gradient that is lost is left over whole
             if size <= 1e-6 * total or left <= 0.05 * size or (worst is not None and left <= worst[1] * size):
                 continue
             if noise is None:  # what rounding makes of one column: a bias before BatchNorm has nothing else
-                some = next(index for index in weights if self._column(step, index) is not None)
-                change = self._gradient(step, some, nudged=True) - self._gradient(step, some)
-                noise = change * sum(map(abs, weights.values()))
-            if left > 100 * torch.split(noise, step.lengths)[at].norm().item():
+                pairs = ((index, self._column(step, index)) for index in weights)
+                some, column = next((index, column) for index, column in pairs if column is not None)
+                change = self._gradient(step, some, nudged=True) - column
+                noise = torch.split(change * sum(map(abs, weights.values())), step.lengths)
+            if left > 100 * noise[at].norm().item():
                 worst = (names.get(parameter, "a parameter"), left / size)
         return worst
 
@@ -263,8 +263,8 @@ class Solver:
                 if parameter in step.values:
                     parameter.data = step.values[parameter].to(parameter.device, copy=True)
                     parameter.requires_grad_(step.required[parameter])
-                if nudged:
-                    parameter.data.mul_(1 + torch.finfo(parameter.dtype).eps)
+            if nudged:
+                nudge(self.modules)
             for module, name, value in step.buffers:
                 buffer = dict(module.named_buffers(recurse=False)).get(name)
                 if buffer is not None:

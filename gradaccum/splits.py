@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from gradaccum.borrowed import random_state_kept, refuse_to_borrow
 from gradaccum.compared import Case, Compared, limit_of, lost, norm
 from gradaccum.gradients import relative_error
 from gradaccum.refusals import Model
+from gradaccum.verdicts import percent
 
 Batch = TypeVar("Batch")
 MicroBatch = TypeVar("MicroBatch")
@@ -134,7 +135,7 @@ def _judged(case: Case, found: Compared, dtype: torch.dtype | None) -> Split:
         return _cannot_tell(found, "a gradient is not finite.")
     if found.size == found.error == 0:
         return _cannot_tell(found, "the gradient of the whole batch is 0.")
-    small = limit > 0 and found.error < limit
+    small = found.error < limit
     if small and not found.buffers and not found.apart(1e-3):
         return _compared(case, found, limit, dtype, "")
     if not small and relative_error(case.run(dtype).whole, found.whole) > max(limit, found.error / 10):
@@ -153,7 +154,7 @@ def _judged(case: Case, found: Compared, dtype: torch.dtype | None) -> Split:
             return _compared(case, found, limit, dtype, "")
         return _cannot_tell(
             found,
-            f"{_percent(found.error)} off in {lowest}, which may be rounding, and in float64 {_what(failure)}.",
+            f"{percent(found.error)} off in {lowest}, which may be rounding, and in float64 {_what(failure)}.",
         )
     limit = limit or limit_of(torch.float32)
     if not exact.finite or limit <= exact.error <= lost(single.whole, exact.whole):
@@ -169,14 +170,14 @@ def _judged(case: Case, found: Compared, dtype: torch.dtype | None) -> Split:
         return replace(
             _compared(case, exact, limit, torch.float64, ""),
             ok=False,
-            verdict=f"May not be cut so: {name} is {_percent(error)} off, and {len(apart) - 1} more parameters are. "
+            verdict=f"May not be cut so: {name} is {percent(error)} off, and {len(apart) - 1} more parameters are. "
             f"Of the whole gradient it is little ({exact.error:.0e}), compared in float64.",
         )
     split = _compared(case, exact, limit, torch.float64, ", compared in float64")
     if not split or limit_of(lowest):
         return split
     cut, one = (relative_error(gradients, exact.whole) for gradients in (found.pieces, found.whole))
-    off = f" In {lowest} rounding makes it {_percent(cut)} off, and the one batch {_percent(one)}"
+    off = f" In {lowest} rounding makes it {percent(cut)} off, and the one batch {percent(one)}"
     advice = ": set parameter.grad_dtype = torch.float32." if cut > 2 * one else "."
     return replace(split, verdict=split.verdict + off + advice)
 
@@ -185,7 +186,7 @@ def _compared(case: Case, found: Compared, limit: float, dtype: torch.dtype | No
     if found.error < limit and not found.buffers:
         equal = f"{len(case.pieces)} pieces give the gradient of the whole batch"
         return Split(True, found.error, [], f"May be cut: {equal} (relative error {found.error:.0e}{where}).")
-    off = "" if found.error < limit else f"{_percent(found.error)} off the whole batch's gradient{where}. "
+    off = "" if found.error < limit else f"{percent(found.error)} off the whole batch's gradient{where}. "
     reason = _reason(case, found, limit, dtype)
     return Split(False, found.error, found.buffers, f"May not be cut so: {off}{reason}")
 
@@ -198,14 +199,14 @@ def _reason(case: Case, found: Compared, limit: float, dtype: torch.dtype | None
     try:
         ran, _ = case.watch(dtype)
     except Exception:  # compiled modules take no hooks
-        ran = {module for outer in case.modules for module in outer.modules()}
+        ran = set(refusals.inner(case.modules))
     if norms := {name: module for name, module in refusals.batch_norms(case.modules).items() if module in ran}:
         said = f"BatchNorm ({', '.join(map(repr, norms))}) normalizes each micro-batch by its own statistics. "
         frozen = case.run(dtype, eval_mode=norms.values())
         if frozen.error < limit:
             return f"{said}With it in eval mode the pieces are equal."
         if frozen.error != found.error:  # else it keeps no running statistics, and eval mode changes nothing
-            said += f"With it in eval mode they are still {_percent(frozen.error)} off. "
+            said += f"With it in eval mode they are still {percent(frozen.error)} off. "
         found = frozen
     if not norm(found.pieces):
         return f"{said}The pieces have no gradient at all."
@@ -223,22 +224,18 @@ def _reason(case: Case, found: Compared, limit: float, dtype: torch.dtype | None
         return f"{said}Items see each other, or a term is no sum over items."
     if not uncut.error < limit:
         return (
-            f"{said}The cut is not all: as one micro-batch, loss_sum / count is {_percent(uncut.error)} off the loss "
+            f"{said}The cut is not all: as one micro-batch, loss_sum / count is {percent(uncut.error)} off the loss "
             "already, so the sum or the count is not this loss's, or a term in it is no sum over items."
         )
     said += "As one micro-batch, loss_sum / count is the loss"
-    whole, pieces = (_added([case.count(each) for each in some]) for some in ([case.batch], case.pieces))
-    for one, other in zip(whole, pieces, strict=True):
-        if one != other:
-            return (
-                f"{said}, but the pieces count {other} and it counts {one}: items are counted wrongly, or are missing."
-            )
+    whole, pieces = (
+        refusals.counts_and_totals([case.count(each) for each in some])[1] for some in ([case.batch], case.pieces)
+    )
+    for key, one in whole.items():
+        if one != pieces[key]:
+            counts = f"the pieces count {pieces[key]} and it counts {one}"
+            return f"{said}, but {counts}: items are counted wrongly, or are missing."
     return f"{said}: items see each other, or a term is no sum over items."
-
-
-def _added(counts: Sequence[Any]) -> list[Any]:
-    rows = [list(each.values()) if isinstance(each, Mapping) else [each] for each in counts]
-    return [sum(torch.as_tensor(value).item() for value in column) for column in zip(*rows, strict=True)]
 
 
 def _cannot_tell(found: Compared, why: str) -> Split:
@@ -248,7 +245,3 @@ def _cannot_tell(found: Compared, why: str) -> Split:
 def _what(failure: Exception) -> str:
     first_line = str(failure).partition("\n")[0]
     return f"the loss fails ({type(failure).__name__}: {first_line})"
-
-
-def _percent(error: float) -> str:
-    return f"{100 * error:.2g} %" if error < 1 else f"{100 * error:.0f} %"

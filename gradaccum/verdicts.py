@@ -140,13 +140,13 @@ def _unless_known(facts: Facts) -> tuple[str, str] | None:
         else:
             suspects = ["a further term or another loss", "a backward of another model", *suspects]
         return "no weighted sum", (
-            f"{_percent(facts.residual)} of this gradient is no weighted sum of these losses' gradients. "
+            f"{percent(facts.residual)} of this gradient is no weighted sum of these losses' gradients. "
             f"Suspects: {', '.join(suspects)}."
         )
     if facts.apart:
         name, share = facts.apart
         return "no weighted sum", (
-            f"Of {name}'s own gradient {_percent(share)} is no weighted sum, though it is little of the whole: is it "
+            f"Of {name}'s own gradient {percent(share)} is no weighted sum, though it is little of the whole: is it "
             "cleared, and trained by this loss alone?"
         )
     if facts.uncertainty > 0.05 * max(facts.right):
@@ -215,7 +215,13 @@ def _listed(counts: Sequence[float]) -> str:
     return ", ".join(shown[:-1]) + f" and {shown[-1]}" if len(counts) <= 8 else ", ".join(shown) + " and more"
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """Return a share in two digits, or in whole percents from 100 on.
+
+    Example:
+        >>> percent(0.1284), percent(3.5)
+        ('13 %', '350 %')
+    """
     return f"{100 * share:.2g} %" if share < 1 else f"{100 * share:.0f} %"
 
 
