@@ -119,8 +119,9 @@ def weights(seen: Any, names: Sequence[str] = (), *, title: str = "") -> Figure:
     updates = list(getattr(seen, "updates", seen))
     heads = list(names) or [f"{number}: {update.kind}" for number, update in enumerate(updates)]
     figure, (axis,) = panels([title], height=2.8)
-    figure.set_size_inches(8, 2.8)
     many, place, ticks = sum(len(update.weights) for update in updates), 0.0, []
+    width = min(8.0, 3.5 + 0.5 * many)
+    figure.set_size_inches(width, 2.8)
     highest = max([weight for update in updates for weight in (*update.weights, *update.right)], default=1.0)
     for number, update in enumerate(updates):
         places = [place + index for index in range(len(update.weights))]
@@ -134,13 +135,14 @@ def weights(seen: Any, names: Sequence[str] = (), *, title: str = "") -> Figure:
             edgecolor="black",
             linewidth=1.6 if many <= 16 else 0.9,
             linestyle="--",
+            path_effects=[withStroke(linewidth=3.2, foreground="white")],  # so that it shows on a dark bar
         )
         if many <= 16:
             for x, weight, share in zip(places, update.weights, update.right, strict=True):
                 top = max(weight, share) if abs(weight - share) < 0.1 * highest else max(weight, 0.0)  # not on a line
                 axis.annotate(f"{weight:.2g}", (x, top), (0, 3), textcoords="offset points", ha="center")
         if len(updates) <= 4 and places:
-            head = "\n".join(wrap(heads[number], max(10, 72 * len(places) // many), break_long_words=False))
+            head = "\n".join(wrap(heads[number], max(10, int(9 * width) * len(places) // many), break_long_words=False))
             axis.text((places[0] + places[-1]) / 2, 1.14 * highest, head, ha="center", va="bottom", color=colour)
         ticks += list(zip(places, update.micro_batches, strict=True))
         place += len(places) + 0.6
@@ -194,7 +196,7 @@ def stacked_roles(
     axis.set_xlim(0, 1.2 * max(*left, limit))
     axis.set_xlabel(f"bytes held at the peak, {unit}")
     if limit_bytes:
-        edge = [withStroke(linewidth=4, foreground="white")]  # so that it shows on a dark bar
+        edge = [withStroke(linewidth=4, foreground="white")]
         axis.axvline(limit, color="black", linestyle="--", zorder=1.5, path_effects=edge)
         axis.text(limit, 0.5, f" limit {limit:g} {unit}", va="center")
     _legend_below(axis.figure)

@@ -4,7 +4,7 @@
 # You delay the optimizer's step, find out what that does to the gradient, and measure why people want it.
 #
 # After this lesson you can
-# - say what `.grad` holds after several calls of `backward()`;
+# - say what `.grad` holds after several calls of `backward()`, and read out of it what went in;
 # - predict by which factor a delayed step is wrong, and what plain SGD makes of it;
 # - predict the peak memory of a window of small batches against one large batch.
 #
@@ -118,6 +118,58 @@ assert abs(error - (accumulation_steps - 1)) < 1e-5
 #
 # `relative_error` is the yardstick of this course: the length of the difference over the length of the right gradient.
 # 0 is equal, and 100 % is as far off as having no gradient at all.
+
+# %% solve [markdown]
+# ## What did each micro-batch get?
+#
+# `.grad` holds a sum, and a sum seems to forget what went into it.
+# Does it?
+#
+# It is some weight times the first micro-batch's gradient, plus another times the second's, and so on.
+# Four weights are unknown, and every number in `.grad` is one equation for them.
+# Least squares solves that in five lines.
+
+# %% solve-run
+names = data.shuffled(data.character_names(length=18), seed=0)
+characters = data.Characters(names)
+torch.manual_seed(0)
+model = models.embedding_linear(len(characters), width=32)
+
+
+def collected(*starts):
+    """What .grad holds after the micro-batches of 8 names from these on, as one vector."""
+    model.zero_grad()
+    for start in starts:
+        inputs, targets = characters.batch(names[start : start + 8])
+        cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).backward()
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+starts = [0, 8, 16, 24]
+total = collected(*starts)
+pieces = torch.stack([collected(start) for start in starts], dim=1)
+weights = torch.linalg.lstsq(pieces, total[:, None]).solution.flatten()
+unexplained = relative_error(pieces @ weights, total)
+print(f"{len(total):,} equations for {len(weights)} weights")
+print("weights:", " ".join(f"{weight:.4f}" for weight in weights))
+print(f"unexplained: {100 * unexplained:.2f} %")
+
+# %% solve-figure tags=["hidden"] alt="Four bars of height 1, one for each micro-batch; the dashed outline around each foot is a quarter high: what it should have got."
+from gradaccum.auditing import Update
+
+update = Update([1, 2, 3, 4], weights.tolist(), right=4 * [1 / 4])
+plots.weights([update], ["no division"])
+
+# %% solve-test tags=["test"]
+assert (weights - 1).abs().max() < 1e-5
+assert unexplained < 1e-5
+
+# %% solve-why [markdown]
+# A bar is the **weight** that a micro-batch got, the dashed outline the one that it should have: here a quarter each, for the mean over 32 names.
+# Nothing is unexplained: the sum is these four gradients and nothing else.
+#
+# Four unknowns are few and the equations are many, so the answer is the only one, unless two micro-batches have the same gradient.
+# This picture comes again in each lesson: a right loop fills its outlines, and each wrong line leaves a pattern of its own.
 
 # %% astray [markdown]
 # ## Plain SGD goes astray
@@ -272,7 +324,7 @@ assert four_pieces.at_peak["gradients"] == four_pieces.at_peak["parameters"]
 # %% recap [markdown]
 # ## Recap
 #
-# - `backward()` adds to `.grad`; the gradients live beside the weights, not in the loss.
+# - `backward()` adds to `.grad`, which lives beside the model's weights, and least squares says how much of each micro-batch is in it.
 # - A delayed step on mean losses has k times the right gradient, and SGD goes astray on it.
 # - A window holds one micro-batch's activations and one copy of the gradients at a time.
 #
