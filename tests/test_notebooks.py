@@ -135,11 +135,11 @@ def test_widget_cells_store_nothing_and_the_next_cell_tests_the_view(lesson):
             continue
         assert {"widget", "nbval-ignore-output"} <= tags(cell), f"{cell.id} shows a live view"
         # An assert would give a prediction's answer away; revealed, it is stored, and nbval compares it.
-        after = code[number + 1 : number + 3]
-        reveals = after and calls(after[0])["reveal"]
+        after = code[number + 1 : number + 4]  # one may define what is measured: no cell is longer than 30 lines
+        reveals = any(calls(each)["reveal"] for each in after)
         tested = [each for each in after if "test" in tags(each) or each is after[0]]
         asserts = [node for each in tested for node in ast.walk(ast.parse(each.source)) if isinstance(node, ast.Assert)]
-        assert reveals or asserts, f"after the view of {cell.id} nothing reveals, and no `test` cell asserts"
+        assert reveals or ("predict" not in calls(cell) and asserts), f"after the view of {cell.id} nothing reveals, and no `test` cell asserts"
     for cell in lesson.code:
         if "widget" in tags(cell):
             assert cell.outputs == [], cell.id
