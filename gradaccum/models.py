@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gradaccum import data
+
 
 def embedding_linear(vocabulary: int = 1000, width: int = 128) -> nn.Sequential:
     """Make the first lesson's model: it predicts the next token from the last one alone.
@@ -24,6 +26,28 @@ def embedding_linear(vocabulary: int = 1000, width: int = 128) -> nn.Sequential:
         257000
     """
     return nn.Sequential(nn.Embedding(vocabulary, width), nn.Linear(width, vocabulary))
+
+
+def for_names(length: int | None = None, width: int = 32) -> tuple[list[str], data.Characters, nn.Sequential]:
+    """Make what most sections of the lessons start from: shuffled names, their characters, and a model with seed 0.
+
+    Args:
+        length: only names of so many characters; None takes all.
+        width: d, as in `embedding_linear`.
+
+    Returns:
+        The names, what turns them into tensors, and the model, whose first weights are the same at each call.
+
+    Example:
+        >>> names, characters, model = for_names(length=18)
+        >>> inputs, targets = characters.batch(names[:8])
+        >>> model(inputs).shape
+        torch.Size([8, 19, 29])
+    """
+    names = data.shuffled(data.character_names(length), seed=0)
+    characters = data.Characters(names)
+    torch.manual_seed(0)
+    return names, characters, embedding_linear(len(characters), width)
 
 
 class Block(nn.Module):

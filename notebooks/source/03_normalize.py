@@ -6,7 +6,7 @@
 # After this lesson you can
 # - write gradient accumulation as most tutorials teach it;
 # - say how close it comes to the large batch, and why not closer;
-# - name the optimizers and settings that hide a missing division, and test in a way that is not fooled.
+# - say which optimizers and settings notice a missing division, and test in a way that is not fooled.
 #
 # 20 minutes. It continues [lesson 2](02_accumulate.ipynb).
 
@@ -15,18 +15,17 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from gradaccum import data, models, plots, relative_error, widgets
+from gradaccum import audit, data, models, plots, relative_error, widgets
 
-torch.manual_seed(0)
 torch.set_num_threads(1)  # as fast for small models, and no waiting
 print(f"torch {torch.__version__}, running on the CPU")
 
 # %% line [markdown]
-# ## One line mends it
+# ## One line more
 #
 # Lesson 2 ended with a gradient four times too large.
 # So divide each loss by `accumulation_steps` before `backward()`.
-# This is the loop as a well-known short course teaches it; only the line with the division is new to you.
+# This is the loop as a well-known short course teaches it.
 
 # %% line-run
 torch.manual_seed(0)
@@ -39,7 +38,7 @@ accumulation_steps = 4
 for step, (inputs, targets) in enumerate(micro_batches):
     logits = model(inputs)
     loss = loss_function(logits.view(-1, 1000), targets.view(-1))
-    loss = loss / accumulation_steps
+    loss = loss / accumulation_steps  # new in this lesson
     loss.backward()
     if (step + 1) % accumulation_steps == 0:
         optimizer.step()
@@ -56,7 +55,7 @@ for step, (inputs, targets) in enumerate(micro_batches):
 #
 # Take one window of four micro-batches, 32 of the real names, and compare its gradient with that of the one batch of 32.
 
-# %% equal-guess tags=["nbval-ignore-output", "widget"]
+# %% equal-guess tags=["nbval-ignore-output", "widget", "hidden"]
 equal_guess = widgets.predict(
     "How far apart are the two gradients, relative to their length, in float32?",
     choices={
@@ -67,15 +66,15 @@ equal_guess = widgets.predict(
     },
 )
 
+# %% equal-came-out [markdown] tags=["folded"]
+# ### How far apart the two are
+
+
 # %% equal-run tags=["nbval-ignore-output"]
-names = data.shuffled(data.character_names(length=18), seed=0)
-characters = data.Characters(names)
-
-
 def gradient(groups, dtype):
     """The gradient of one window; each group of names is a micro-batch."""
-    torch.manual_seed(0)
-    model = models.embedding_linear(len(characters), width=32).to(dtype)
+    names, characters, model = models.for_names(length=18)
+    model = model.to(dtype)
     for group in groups:
         inputs, targets = characters.batch(group)
         logits = model(inputs)
@@ -84,6 +83,7 @@ def gradient(groups, dtype):
     return [parameter.grad for parameter in model.parameters()]
 
 
+names, _, _ = models.for_names(length=18)
 window = [names[start : start + 8] for start in (0, 8, 16, 24)]
 errors = {}
 for dtype in (torch.float32, torch.float64):
@@ -100,11 +100,13 @@ for dtype, (accumulated, reordered) in errors.items():
     print(f"{dtype}: accumulated {accumulated:.1e}, reordered {reordered:.1e}")
 
 # %% equal-bounds
+print("0.1 + (0.2 + 0.3) =", 0.1 + (0.2 + 0.3))
+print("(0.1 + 0.2) + 0.3 =", (0.1 + 0.2) + 0.3)
+
+# %% equal-test tags=["test"]
 for dtype, bound in ((torch.float32, 5e-6), (torch.float64, 1e-14)):
-    print(f"{dtype}: both below {bound}: {max(errors[dtype]) < bound}")
     assert max(errors[dtype]) < bound
     assert errors[dtype][0] < 5 * errors[dtype][1]
-print("0.1 + (0.2 + 0.3) == (0.1 + 0.2) + 0.3:", 0.1 + (0.2 + 0.3) == (0.1 + 0.2) + 0.3)
 
 # %% equal-why [markdown]
 # Not equal bit for bit, but up to rounding.
@@ -119,10 +121,10 @@ print("0.1 + (0.2 + 0.3) == (0.1 + 0.2) + 0.3:", 0.1 + (0.2 + 0.3) == (0.1 + 0.2
 # ## Delete the line again
 #
 # Now take the division out, and train for 20 updates with Adam, as the course does.
-# We compare the *weights* with those that full-batch training reaches.
+# We compare the *weights* of the model with those that full-batch training reaches.
 # The distance is given in percent of how far that training moved them: 100 % is as far off as not having trained.
 
-# %% delete-guess tags=["nbval-ignore-output", "widget"]
+# %% delete-guess tags=["nbval-ignore-output", "widget", "hidden"]
 delete_guess = widgets.predict(
     "No division, k = 4, Adam, 20 updates. How far off are the weights?",
     choices={
@@ -133,24 +135,35 @@ delete_guess = widgets.predict(
     },
 )
 
-# %% delete-run
-names = data.shuffled(data.character_names(length=18), seed=0)
-characters = data.Characters(names)
-inputs, targets = characters.batch(names)
+# %% delete-came-out [markdown] tags=["folded"]
+# ### How far off they are
+
+# %% delete-optimizers
+Adam, AdamW, SGD = torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD
+optimizers = {  # the class, its settings, and the largest gradient norm it is given
+    "Adam": (Adam, {"lr": 1e-3}, None),
+    "AdamW, decay 0.1": (AdamW, {"lr": 1e-3, "weight_decay": 0.1}, None),
+    "Adam, L2 decay 0.1": (Adam, {"lr": 1e-3, "weight_decay": 0.1}, None),
+    "Adam, eps 0.001": (Adam, {"lr": 1e-3, "eps": 1e-3}, None),
+    "SGD": (SGD, {"lr": 1.0}, None),
+    "SGD, clipped at 0.5": (SGD, {"lr": 1.0}, 0.5),
+    "SGD, clipped at 0.05": (SGD, {"lr": 1.0}, 0.05),
+}
 
 
-def train(optimizer_name, accumulation_steps, divide, updates=20):
-    """The weights, as one vector, at the start and after each update on 32 names."""
-    make_optimizer, max_norm = optimizers[optimizer_name]
-    torch.manual_seed(0)
-    model = models.embedding_linear(len(characters), width=32)
-    optimizer = make_optimizer(model.parameters())
-    weights = [nn.utils.parameters_to_vector(model.parameters()).detach().clone()]
-    for update in range(updates):
-        window = (torch.arange(32) + 32 * update) % 256
-        for rows in window.chunk(accumulation_steps):
-            logits = model(inputs[rows])
-            loss = cross_entropy(logits.flatten(0, 1), targets[rows].flatten())
+# %% delete-train
+def train(optimizer_name, accumulation_steps, divide):
+    """The weights, as one vector, at the start and after each of 20 updates on 32 names."""
+    names, characters, model = models.for_names(length=18)
+    kind, settings, max_norm = optimizers[optimizer_name]
+    optimizer = kind(model.parameters(), **settings)
+    weights = [nn.utils.parameters_to_vector(model.parameters()).detach()]
+    for update in range(20):
+        size, first = 32 // accumulation_steps, 32 * update % 256
+        for start in range(first, first + 32, size):
+            inputs, targets = characters.batch(names[start : start + size])
+            logits = model(inputs)
+            loss = cross_entropy(logits.flatten(0, 1), targets.flatten())
             if divide:
                 loss = loss / accumulation_steps
             loss.backward()
@@ -158,30 +171,11 @@ def train(optimizer_name, accumulation_steps, divide, updates=20):
             nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         optimizer.step()
         optimizer.zero_grad()
-        weights.append(
-            nn.utils.parameters_to_vector(model.parameters()).detach().clone()
-        )
+        weights.append(nn.utils.parameters_to_vector(model.parameters()).detach())
     return weights
 
 
-optimizers = {  # how to make it, and the largest gradient norm it is given
-    "Adam": (lambda weights: torch.optim.Adam(weights, lr=1e-3), None),
-    "AdamW, decay 0.1": (
-        lambda weights: torch.optim.AdamW(weights, lr=1e-3, weight_decay=0.1),
-        None,
-    ),
-    "Adam, L2 decay 0.1": (
-        lambda weights: torch.optim.Adam(weights, lr=1e-3, weight_decay=0.1),
-        None,
-    ),
-    "Adam, eps 0.001": (
-        lambda weights: torch.optim.Adam(weights, lr=1e-3, eps=1e-3),
-        None,
-    ),
-    "SGD": (lambda weights: torch.optim.SGD(weights, lr=1.0), None),
-    "SGD, clipped at 0.5": (lambda weights: torch.optim.SGD(weights, lr=1.0), 0.5),
-    "SGD, clipped at 0.05": (lambda weights: torch.optim.SGD(weights, lr=1.0), 0.05),
-}
+# %% delete-run
 full = {name: train(name, accumulation_steps=1, divide=True) for name in optimizers}
 
 
@@ -201,36 +195,31 @@ missing = {
 }
 delete_guess.reveal(f"{missing['Adam']:.3f} %", "of the way, with Adam")
 
-# %% delete-all
+# %% delete-all tags=["hidden"] alt="Bars of the distance after 20 updates without the division: 0.003 % with Adam and AdamW, 0.000 % with SGD that always clips; between 36 and 300 % with L2 decay, a larger eps, SGD, and SGD clipped at 0.5."
 figure, (axis,) = plots.panels(["No division, k = 4: distance after 20 updates"])
 figure.set_size_inches(8, 3)
-plots.bars(
-    axis,
-    list(missing),
-    list(missing.values()),
-    text="{:.0f} %",
-    xlabel="percent of the way",
-)
-for name, distance in missing.items():
-    print(f"{name:22} {distance:4.0f} %")
+shown = {"text": "{:.3g} %", "xlabel": "percent of the way"}
+values = [float(f"{value:.3f}") for value in missing.values()]
+plots.bars(axis, list(missing), values, **shown)
+figure
+
+# %% delete-test tags=["test"]
 assert missing["Adam"] < 0.1 and missing["AdamW, decay 0.1"] < 0.1
 assert missing["SGD, clipped at 0.05"] < 0.1
-assert all(
-    missing[name] > 10 for name in ("SGD", "Adam, L2 decay 0.1", "Adam, eps 0.001")
-)
-assert missing["SGD, clipped at 0.5"] > 10
-figure
+for name in ("SGD", "Adam, L2 decay 0.1", "Adam, eps 0.001", "SGD, clipped at 0.5"):
+    assert missing[name] > 10
 
 # %% delete-why [markdown]
 # With Adam, nothing that you would ever see.
 # It divides a running mean of the gradient by the root of a running mean of its square, so a constant factor cancels.
 # If your only test is "it trains as well as before, with Adam", the missing division passes.
-#
-# ### So why divide?
+
+# %% why-divide [markdown] tags=["folded"]
+# #### So why divide?
 #
 # Because everything that compares the gradient with *something else* notices.
-# - **SGD** compares it with the weights: the step is k times as long.
-# - **L2 decay** inside Adam adds a share of the weights to the gradient: against one four times too large, the decay is four times too weak. AdamW decays apart from the gradient, and does not notice.
+# - **SGD** takes it as it is: the step is k times as long.
+# - **L2 decay** inside Adam adds a share of the model's weights to the gradient: against one four times too large, the decay is four times too weak. AdamW decays apart from the gradient, and does not notice.
 # - **eps**, the small number in Adam's denominator, counts for less.
 # - **Clipping** compares the length with a limit, and now cuts what it should not. If it always cuts (the last bar), it hides the factor again.
 #
@@ -240,8 +229,9 @@ figure
 # ### Try the others
 #
 # Choose an optimizer, k, and whether to divide.
+# The axes stay the same, so that two settings can be compared.
 
-# %% explore-measure
+# %% explore-measure tags=["hidden"]
 measured = {
     (name, k, divide): distances(name, k, divide)
     for name in widgets.progress(optimizers, "every optimizer, k and rule")
@@ -258,13 +248,16 @@ def from_full_batch(optimizer="SGD", accumulation_steps=4, divide=False):
     figure, (axis,) = plots.panels([f"{setting}: distance from full-batch training"])
     figure.set_figwidth(7)
     labels = {"xlabel": "update", "ylabel": "percent of the way"}
-    plots.lines(axis, range(len(distance)), {"distance": distance}, **labels)
-    axis.set_ylim(0, max(10, 1.1 * max(distance)))
-    amount = f"{distance[-1]:.0f} %" if distance[-1] > 0.5 else "less than 0.5 %"
+    shown = [max(value, 0.001) for value in distance[1:]]
+    plots.lines(axis, range(1, 21), {"distance": shown}, **labels)
+    axis.set(yscale="log", ylim=(0.0005, 2000))
+    axis.set_yticks([0.001, 0.1, 10, 1000], ["0.001 or less", "0.1", "10", "1,000"])
+    axis.minorticks_off()
+    amount = f"{distance[-1]:.0f} %" if distance[-1] > 0.5 else "less than 0.01 %"
     return figure, f"{setting}: after 20 updates, off by {amount} of the way."
 
 
-# %% explore-widget tags=["nbval-ignore-output", "widget"]
+# %% explore-widget tags=["nbval-ignore-output", "widget", "hidden"]
 widgets.explore(
     from_full_batch,
     optimizer=list(optimizers),
@@ -272,23 +265,96 @@ widgets.explore(
     divide=[True, False],
 )
 
-# %% explore-run
+# %% explore-still [markdown] tags=["folded"]
+# #### Three settings as text, and one as a figure
+
+# %% explore-run tags=["hidden"] alt="A line on a logarithmic axis, the distance from full-batch training over 20 updates of SGD with k = 8, not divided: it starts at several hundred percent and stays there."
 figure, sentence = from_full_batch("SGD", accumulation_steps=8, divide=False)
 print(from_full_batch("SGD", accumulation_steps=8, divide=True)[1])
 print(from_full_batch("Adam", accumulation_steps=8, divide=False)[1])
 print(sentence)
 worst = max(distance[-1] for (_, _, divide), distance in measured.items() if divide)
-print(f"divided, every optimizer and k: less than 0.001 % off: {worst < 0.001}")
+figure
+
+# %% explore-test tags=["test"]
 assert worst < 0.001
 assert measured["SGD", 8, False][-1] > 100
-figure
+ends = [distance[-1] for distance in measured.values()]
+assert not [end for end in ends if 0.01 <= end <= 0.5], "said as less than 0.01 %"
+
+# %% weights [markdown]
+# ## What do the weights of the micro-batches say?
+#
+# Lesson 2 took one `.grad` apart, with least squares: how much of each micro-batch is in it?
+# `gradaccum.audit` does that at every step of a loop.
+# The loop stays as it is; only its micro-batches are drawn through `seen`.
+# The audit is given what a micro-batch's losses sum to and how many they are, and from that it knows what each should have got.
+#
+# Here is the loop of this lesson with Adam, once with the line and once without.
+
+# %% weights-guess tags=["nbval-ignore-output", "widget", "hidden"]
+weights_guess = widgets.predict(
+    "No division, k = 4, Adam. Which weight does the audit find for each micro-batch?",
+    choices={"a quarter: Adam hides it": 0.25, "1": 1, "4": 4},
+)
+
+# %% weights-came-out [markdown] tags=["folded"]
+# ### What each micro-batch got
+
+# %% weights-run
+names, characters, _ = models.for_names(length=18)
+micro_batches = [characters.batch(names[i : i + 8]) for i in range(0, 64, 8)]
+
+
+def loss_sum(micro_batch):
+    """The sum of the losses of one micro-batch."""
+    logits = model(micro_batch[0]).flatten(0, 1)
+    return cross_entropy(logits, micro_batch[1].flatten(), reduction="sum")
+
+
+def train(micro_batches, divisor):
+    """One epoch of this lesson's loop."""
+    for step, (inputs, targets) in enumerate(micro_batches):
+        logits = model(inputs)
+        loss = cross_entropy(logits.flatten(0, 1), targets.flatten()) / divisor
+        loss.backward()
+        if (step + 1) % 4 == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+# %% weights-audit
+found = {}
+for label, divisor in {"loss / 4": 4, "no division": 1}.items():
+    _, _, model = models.for_names(length=18)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    with audit(
+        model, optimizer, loss_sum, data.count_targets, accumulation_steps=4
+    ) as seen:
+        train(seen(micro_batches), divisor)
+    found[label] = seen.updates[0]
+weights_guess.reveal(f"{found['no division'].weights[0]:.4f}", "for the first one")
+
+# %% weights-figure tags=["hidden"] alt="Two windows of four micro-batches: with the division each bar is a quarter and fills its outline, without it each bar is 1 and the outlines stay at a quarter."
+for label, update in found.items():
+    print(f"{label}: {update.verdict}")
+plots.weights(list(found.values()), list(found))
+
+# %% weights-test tags=["test"]
+assert found["loss / 4"].kind == "right"
+assert found["no division"].kind == "not divided"
+
+# %% weights-why [markdown]
+# An optimizer can hide a factor from the loss and from the model.
+# It cannot hide it from the weights, since these are read before it does anything.
+# So the picture is the same under Adam, SGD or any clipping that comes after.
 
 # %% recap [markdown]
 # ## Recap
 #
 # - Divide each micro-batch's mean loss by k, and the window has the large batch's gradient, if the micro-batches are equally large and the loss sees each item alone.
 # - Equal means up to rounding, of the size that reordering the batch causes; bit for bit it is not.
-# - Adam, AdamW and constant clipping hide a missing division; SGD, L2 decay, eps and ordinary clipping do not. Compare gradients.
+# - Adam, AdamW and constant clipping hide a missing division; SGD, L2 decay, eps and ordinary clipping do not. Compare gradients, or read the weights.
 #
 # **Try it.** Some loops use `cross_entropy(..., reduction="sum")`. By what should each loss be divided then?
 #
@@ -304,5 +370,5 @@ figure
 #
 # **Next**: the division is right, and the loop around it still goes wrong at its edges. Lesson 4 breaks it in seven ways, then turns it inside out.
 
-# %% recap-guesses
+# %% recap-guesses tags=["hidden"]
 widgets.recap()
