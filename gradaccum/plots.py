@@ -114,10 +114,10 @@ def weights(seen: Any, names: Sequence[str] = (), *, title: str = "") -> Figure:
         >>> from types import SimpleNamespace
         >>> update = SimpleNamespace(micro_batches=[0, 1], weights=[1.0, 1.0], right=[0.5, 0.5], kind="not divided")
         >>> weights([update]).get_label()
-        'The weight that each of 2 micro-batches got, beside the right one. Update 0, not divided: 1, 1 for 0.5, 0.5.'
+        'The weight that each of 2 micro-batches got, beside the right one; update 0, not divided: 1, 1 for 0.5, 0.5.'
     """
     updates = list(getattr(seen, "updates", seen))
-    heads = list(names) or [f"{number}: {update.kind}" for number, update in enumerate(updates)]
+    heads = list(names) or [f"update {number}, {update.kind}" for number, update in enumerate(updates)]
     figure, (axis,) = panels([title], height=2.8)
     many, place, ticks = sum(len(update.weights) for update in updates), 0.0, []
     width = min(8.0, 3.5 + 0.5 * many)
@@ -152,11 +152,9 @@ def weights(seen: Any, names: Sequence[str] = (), *, title: str = "") -> Figure:
     axis.xaxis.set_ticks_position("none")
     lowest = min(0.0, axis.get_ylim()[0])
     axis.set(xlabel="micro-batch", ylabel="weight (dashed: the right one)", ylim=(lowest, 1.5 * highest))
-    parts = [
-        f"{head}: {_numbers(update.weights)} for {_numbers(update.right)}."
-        for head, update in zip(names or [f"Update {n}, {u.kind}" for n, u in enumerate(updates)], updates, strict=True)
-    ]
-    figure.set_label(f"The weight that each of {many} micro-batches got, beside the right one. {' '.join(parts)}")
+    pairs = [f"{_numbers(update.weights)} for {_numbers(update.right)}" for update in updates]
+    said = "; ".join(f"{head}: {pair}" for head, pair in zip(heads, pairs, strict=True))
+    figure.set_label(f"The weight that each of {many} micro-batches got, beside the right one; {said}.")
     return figure
 
 

@@ -139,7 +139,9 @@ def test_widget_cells_store_nothing_and_the_next_cell_tests_the_view(lesson):
         reveals = any(calls(each)["reveal"] for each in after)
         tested = [each for each in after if "test" in tags(each) or each is after[0]]
         asserts = [node for each in tested for node in ast.walk(ast.parse(each.source)) if isinstance(node, ast.Assert)]
-        assert reveals or ("predict" not in calls(cell) and asserts), f"after the view of {cell.id} nothing reveals, and no `test` cell asserts"
+        assert reveals or ("predict" not in calls(cell) and asserts), (
+            f"after the view of {cell.id} nothing reveals, and no `test` cell asserts"
+        )
     for cell in lesson.code:
         if "widget" in tags(cell):
             assert cell.outputs == [], cell.id

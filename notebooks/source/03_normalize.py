@@ -73,7 +73,7 @@ equal_guess = widgets.predict(
 # %% equal-run tags=["nbval-ignore-output"]
 def gradient(groups, dtype):
     """The gradient of one window; each group of names is a micro-batch."""
-    names, characters, model = models.for_names(length=18)
+    _, characters, model = models.for_names(length=18)
     model = model.to(dtype)
     for group in groups:
         inputs, targets = characters.batch(group)

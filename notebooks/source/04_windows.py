@@ -169,7 +169,9 @@ def train(inside, accumulation_steps=4, max_norm=0.05):
         if inside or update:
             nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         if update:
-            gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+            gradients.append(
+                [parameter.grad.clone() for parameter in model.parameters()]
+            )
             rates.append(optimizer.param_groups[0]["lr"])
             optimizer.step()
             optimizer.zero_grad()
