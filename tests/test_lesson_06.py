@@ -53,7 +53,7 @@ def test_the_last_sentence_is_what_was_measured():
     said = (
         f"takes {alone} GB and fits in 16; eight in eight micro-batches take {eight}: the collected gradients tip it."
     )
-    assert said in made["recap"].source
+    assert said in made["explore-why"].source
 
 
 def test_the_roads_of_the_question_are_switches():

@@ -184,14 +184,34 @@ def test_what_is_compared_does_not_depend_on_versions(lesson):
 
 
 def test_length(lesson):
-    words = [word for word in re.sub(r"<[^>]+>", " ", lesson.text).split() if re.search(r"\w", word)]
     # A closed heading, and code that only shows what the cell above it made, are no cells to read.
     folds = {"jp-MarkdownHeadingCollapsed", "jupyter"}
     seen = [cell for cell in lesson.cells if not folds & set(cell.metadata)]
+    text = "\n\n".join(cell.source for cell in seen if cell.cell_type == "markdown")
+    words = [word for word in re.sub(r"<[^>]+>", " ", text).split() if re.search(r"\w", word)]
     print(f"{lesson.stem}: {len(seen)} cells, {len(words)} words")
     least_cells, least_words = (0, 0) if lesson.stem == START else (15, 600)
     assert least_cells <= len(seen) <= 30
     assert least_words <= len(words) <= 1200
+
+
+def test_a_heading_opens_its_cell(lesson):
+    """In the middle of a cell it ends the fold above it: the answer is then in view."""
+    for cell in lesson.prose:
+        levels = [len(marks) for marks in re.findall(r"^(#{2,4}) ", cell.source, re.M)]
+        assert not levels or cell.source.startswith("#"), cell.id
+        folded = "jp-MarkdownHeadingCollapsed" in cell.metadata
+        assert not folded or len(cell.source.splitlines()) == 1 or len(levels) == 1, cell.id
+
+
+def test_what_is_not_folded_is_short(lesson):
+    for cell in lesson.code:
+        shown = len(cell.source.splitlines()) if "jupyter" not in cell.metadata else 0
+        assert shown <= 30, f"{cell.id}: {shown} lines of code in view: at most 30, or `hidden`"
+    live = [cell for cell in lesson.code if {"predict", "explore", "recap"} & set(calls(cell))]
+    assert all("jupyter" in cell.metadata for cell in live), "what asks is seen, not its code"
+    tested = [node for cell in lesson.code for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Assert)]
+    assert tested == [] or lesson.stem.startswith("06"), "asserts are for `test` cells"
 
 
 def test_opening(lesson):
@@ -254,7 +274,8 @@ def test_recap_is_last(lesson):
     heading, _, body = lesson.text.rpartition("\n## ")
     assert heading
     assert body.startswith("Recap\n"), "the last section is `## Recap`"
-    assert len(re.findall(r"^- ", body.partition("<details")[0], re.M)) == 3, "three bullets"
+    points = re.sub(r"^<details><summary>.*\n", "", body.removeprefix("Recap\n").lstrip())  # closed, or open
+    assert len(re.findall(r"^- ", re.split("</?details", points)[0], re.M)) == 3, "three bullets"
     assert calls(lesson.code[-1])["recap"] == 1, "the last code cell says how the guesses did"
 
 

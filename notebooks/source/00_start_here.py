@@ -1,29 +1,51 @@
 # %% promise [markdown]
 # # Start here: gradient accumulation, and when it is exact
 #
-# Gradient accumulation can give you the gradient of a large batch on a machine that holds a small one.
-# Most tutorials teach it with one division that is right on some data and wrong on the rest.
-# Run the next cells and see. It takes 5 minutes to read this page.
+# Gradient accumulation trains with the gradient of a large batch on a machine that holds a small one: cut the batch, add up the gradients of the pieces, divide.
+#
+# Divide by what?
+# By the number of pieces, said the libraries that everyone used, and for text that is wrong.
+# It was pointed out in 2021, and mended in October 2024 (huggingface/transformers#34191).
+# In between the losses went down all the same, so nobody looked.
+#
+# This page takes 10 minutes.
 
-# %% setup tags=["nbval-ignore-output"]
+# %% setup tags=["nbval-ignore-output", "hidden"]
 import torch
 from torch.nn.functional import cross_entropy
 
 import gradaccum
-from gradaccum import data, models, widgets
+from gradaccum import data, models, plots, widgets
 
-torch.manual_seed(0)
 torch.set_num_threads(1)  # as fast for small models, and no waiting
 print(f"torch {torch.__version__}, gradaccum {gradaccum.__version__}")
 
-# %% surprise
-names = data.character_names()
-characters = data.Characters(names)
-sentences = ["OX", "SUN", "CAT", max(names, key=len)]  # the last has 78 characters
-torch.manual_seed(0)
-model = models.embedding_linear(len(characters), width=32)
+# %% surprise [markdown]
+# ## Four sentences
+#
+# A small language model learns from four sentences: `OX`, `SUN`, `CAT`, and one of 78 characters.
+# At every character it guesses the next one; each such guess is a **target**.
+# The bars are how much each sentence counts in the usual loop, the dashed outlines its share of the targets.
+
+# %% surprise-figure tags=["hidden"] alt="Four bars of a quarter. The dashed outlines, the shares of the targets, are 3, 4 and 4 percent for OX, SUN and CAT, and 88 percent for the sentence of 78 characters."
+from gradaccum.auditing import Update
+
+names, characters, model = models.for_names()
+sentences = ["OX", "SUN", "CAT", max(data.character_names(), key=len)]
+targets = [len(sentence) + 1 for sentence in sentences]  # and one for the end
+shares = [count / sum(targets) for count in targets]
+print("the long one:", sentences[3])
+print(f"its share of the targets: {100 * shares[3]:.0f} %; it counts for 25 %")
+usual = Update([*sentences[:3], "78 characters"], 4 * [1 / 4], shares)
+plots.weights([usual], ["each sentence's mean, divided by 4"])
+
+# %% surprise-ask [markdown]
+# Does it matter?
+# Here is the gradient of all four as one batch, and that of the usual loop, one sentence at a time.
+# `gradient` is the loop of most tutorials; its code is folded away just above the next cell.
 
 
+# %% surprise-loop tags=["hidden"]
 def gradient(micro_batches):
     """The gradient as most tutorials do it: each mean loss over their number."""
     model.zero_grad()
@@ -35,19 +57,53 @@ def gradient(micro_batches):
     return [parameter.grad for parameter in model.parameters()]
 
 
+# %% surprise-run
 one_batch = gradient([sentences])
 one_by_one = gradient([[sentence] for sentence in sentences])
 apart = gradaccum.relative_error(one_by_one, one_batch)
 print(f"The same sentences, cut in two ways: {100 * apart:.0f} % apart.")
+
+# %% surprise-test tags=["test"]
 assert apart > 1.5
 
 # %% surprise-why [markdown]
-# The same sentences, the same model, the textbook loop, and the second gradient is further from the first than no gradient at all would be.
-# On sentences of equal length the same loop is exact up to rounding.
-# Here are the same four sentences, one by one, through the loop that this course builds:
+# The same sentences, the same model, and the second gradient is further from the first than no gradient at all would be: that is 100 %.
+
+# %% how [markdown]
+# ### How a lesson works
+#
+# Run a cell with Shift + Enter and go down the page.
+# Before the important numbers you are asked for a guess: type it and press Enter, or Tab to your choice and press Enter.
+# Then go on with Shift + Enter: it opens the closed heading below, and the number appears beside your guess.
+# A wrong guess that you remember teaches more than a right number that you read.
+# Try it on the same loop:
+
+# %% how-guess tags=["nbval-ignore-output", "widget", "hidden"]
+equal_guess = widgets.predict(
+    "Four sentences of 18 characters each, through the usual loop. "
+    "How far is it from the gradient of one batch?",
+    choices={"0 %, but for rounding": 1e-5, "about 25 %": 25, "about 170 %": 170},
+)
+
+# %% how-came-out [markdown] tags=["folded"]
+# #### How far it is, and what is right
+
+# %% how-run
+equal = [name for name in names if len(name) == 18][:4]
+one_by_one = gradient([[sentence] for sentence in equal])
+apart = 100 * gradaccum.relative_error(one_by_one, gradient([equal]))
+equal_guess.reveal(f"{apart:.3f} %", "apart", right=max(apart, 1e-5))
+
+# %% how-test tags=["test"]
+assert apart < 1e-3
+
+# %% right [markdown]
+# So the usual loop is right where all pieces are equally large, and that is where most people test it.
+# The loop that this course builds counts the targets first, then divides.
+# The four sentences again:
 
 
-# %% right
+# %% right-run
 def loss_sum(lines):
     """The sum of the losses of some sentences."""
     inputs, targets = characters.batch(lines)
@@ -67,6 +123,8 @@ for window in gradaccum.windows(micro_batches, accumulation_steps=4):
 gradients = [parameter.grad for parameter in model.parameters()]
 right = gradaccum.relative_error(gradients, one_batch)
 print(f"Counted first, then divided: {100 * right:.0f} % apart.")
+
+# %% right-test tags=["test"]
 assert right < 1e-5
 
 # %% able [markdown]
@@ -82,56 +140,40 @@ assert right < 1e-5
 #
 # Take them in this order: each opens with the loop that the one before ended with.
 # All of them run on a laptop without a GPU.
-# Lessons 1 to 6 end with a link to their exercises, which grade themselves.
-
-# %% how [markdown]
-# ## How a lesson works
+# Two names come in most of them: `models.for_names()` gives names of Unicode characters, what turns them into numbers, and a model of two layers with the same first weights each time.
 #
-# Run a cell with Shift + Enter and go down the page.
-# Before the important numbers you are asked for a guess.
-# Type it and press Enter; where there are choices, Tab to yours and press Enter.
-# Then run the next cell: the number opens beside your guess.
-# If you would rather read, click on *Answer*.
-# The pages come with what their cells printed; to guess in earnest, choose *Edit*, *Clear Outputs of All Cells* before you begin.
-# A wrong guess that you remember teaches more than a right number that you read.
-#
-# Try it on the four sentences:
-
-# %% how-guess tags=["nbval-ignore-output", "widget"]
-share_guess = widgets.predict(
-    "How many percent of all characters and end marks belong to the longest sentence?"
-)
-
-# %% how-run
-sentences = ["OX", "SUN", "CAT", max(data.character_names(), key=len)]
-share = (len(sentences[3]) + 1) / sum(len(sentence) + 1 for sentence in sentences)
-share_guess.reveal(
-    f"{100 * share:.0f} %",
-    "of the targets; the textbook loop gives it 25 % of the weight",
-)
-
-# %% how-recap [markdown]
-# Each lesson ends with a recap, something to try with its answer folded away, and a table that says how your guesses did.
+# Each lesson ends with a recap, and a table that says how your guesses did.
 # Here it is for this page:
 
-# %% how-recap-run
+# %% how-recap-run tags=["hidden"]
 widgets.recap()
 
-# %% how-more [markdown]
+# %% next [markdown]
+# **Next**: [lesson 1](01_naive_loop.ipynb).
+
+# %% kept [markdown] tags=["folded"]
 # ## What is kept, and how to come back
-#
+
+# %% how-more [markdown]
 # `make lab` opens copies of the notebooks, in the folder `work`: what you write stays there, and no update and no command of this course overwrites or deletes it.
-# On Colab and Kaggle it stays in your account once you save a copy; on Binder it is gone after ten idle minutes, unless you press the cloud with the arrow down in the toolbar (*Save to browser storage*), or *Download* beside it, which works even after the session has ended.
-# To come back on Binder, launch again in the same browser, open the same notebook and press the cloud with the arrow up, or drag your download into the list of files.
-#
+# To guess in earnest, choose *Edit*, *Clear Outputs of All Cells* before you begin: the pages come with what their cells printed.
 # After a break, or a kernel that died, run the set-up cell and go on at any section.
 #
-# ## What is here
+# <details><summary>On Binder, Colab or Kaggle</summary>
 #
-# The next cell looks at your machine.
-# If the set-up cell at the top failed, run this one by itself: it says what is missing.
+# On Colab and Kaggle your work stays in your account once you save a copy.
+# On Binder it is gone after ten idle minutes, unless you press the cloud with the arrow down in the toolbar (*Save to browser storage*), or *Download* beside it, which works even after the session has ended.
+# To come back, launch again in the same browser, open the same notebook and press the cloud with the arrow up, or drag your download into the list of files.
+#
+# </details>
 
-# %% check tags=["nbval-ignore-output"]
+# %% ready [markdown] tags=["folded"]
+# ## Is your machine ready?
+
+# %% ready-how [markdown]
+# If a cell above failed, run this one by itself: it says what is missing.
+
+# %% check tags=["nbval-ignore-output", "hidden"]
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -157,8 +199,3 @@ except ImportError:
 else:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     print(f"accelerator: {accelerator or 'none'}; the lessons do not need one")
-
-# %% next [markdown]
-# If the cell above names nothing as missing, you are ready.
-#
-# **Next**: [lesson 1](01_naive_loop.ipynb).

@@ -8,7 +8,7 @@
 # - predict how much quieter the gradient gets when the batch grows;
 # - predict how many more bytes a step then holds, and why a machine sets a limit.
 #
-# 15 minutes. You need to have seen a PyTorch model before, and no GPU.
+# 20 minutes. You need to have seen a PyTorch model before, and no GPU.
 
 # %% setup tags=["nbval-ignore-output"]
 import torch
@@ -16,7 +16,6 @@ from torch.nn.functional import cross_entropy
 
 from gradaccum import data, memory, models, plots, widgets
 
-torch.manual_seed(0)
 torch.set_num_threads(1)  # as fast for small models, and no waiting
 print(f"torch {torch.__version__}, running on the CPU")
 
@@ -29,11 +28,8 @@ print(f"torch {torch.__version__}, running on the CPU")
 # A cosine of 1 means the same direction, 0 means that the two have nothing to do with each other.
 
 # %% directions-run
-names = data.shuffled(data.character_names(length=18), seed=0)
-characters = data.Characters(names)
+names, characters, model = models.for_names(length=18)
 inputs, targets = characters.batch(names)
-torch.manual_seed(0)
-model = models.embedding_linear(len(characters), width=32)
 optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
 
 
@@ -51,6 +47,8 @@ one, other = gradient(slice(0, 8)), gradient(slice(8, 16))
 cosine = torch.cosine_similarity(one, other, dim=0).item()
 print(f"8 names, such as {names[0]!r}, and 8 others, such as {names[8]!r}")
 print(f"cosine between their two gradients: {cosine:.1f}")
+
+# %% directions-test tags=["test"]
 assert abs(cosine) < 0.2
 
 # %% directions-why [markdown]
@@ -82,6 +80,8 @@ for inputs, targets in data.random_tokens(batches=20, batch_size=8, length=20):
     updates += 1
 print(f"20 mini-batches, {updates} updates")
 print(f"logits {tuple(logits.shape)}, gradient now: {model[0].weight.grad}")
+
+# %% loop-test tags=["test"]
 assert updates == 20 and model[0].weight.grad is None
 
 # %% loop-why [markdown]
@@ -120,6 +120,8 @@ print(f"loss {losses[0]:.1f}, after {len(losses)} updates {losses[-1]:.1f}")
 print("the model invents:")
 for line in model.invent(8, seed=1).tolist():
     print("   ", characters.decode(line))
+
+# %% text-test tags=["test"]
 assert losses[-1] < 2.2 < 3 < losses[0]
 
 # %% text-why [markdown]
@@ -137,7 +139,7 @@ assert losses[-1] < 2.2 < 3 < losses[0]
 # We take the untrained model, where the true gradient is still long.
 # After the 50 updates above it is short, and 8 names miss it by many times its length.
 
-# %% noise-guess tags=["nbval-ignore-output", "widget"]
+# %% noise-guess tags=["nbval-ignore-output", "widget", "hidden"]
 noise_guess = widgets.predict(
     "The noise of a batch of 4 names is how many times the noise of 16?",
     choices={
@@ -148,12 +150,12 @@ noise_guess = widgets.predict(
     },
 )
 
+# %% noise-came-out [markdown] tags=["folded"]
+# #### How the noise falls
+
 # %% noise-run
-names = data.shuffled(data.character_names(length=18), seed=0)
-characters = data.Characters(names)
+names, characters, model = models.for_names(length=18)
 inputs, targets = characters.batch(names)
-torch.manual_seed(0)
-model = models.embedding_linear(len(characters), width=32)
 
 
 def gradient(rows):
@@ -178,7 +180,7 @@ noise_guess.reveal(
     round(noise[4] / noise[16], 1), "is the noise of 4 over the noise of 16"
 )
 
-# %% noise-figure
+# %% noise-figure tags=["hidden"] alt="The noise against the batch size on logarithmic axes: a straight line from 1 to 128 names, on the dots of one over the square root of the batch size."
 figure, (axis,) = plots.panels(["Noise against batch size"])
 expected = [noise[1] / batch_size**0.5 for batch_size in noise]
 plots.lines(
@@ -190,23 +192,29 @@ plots.lines(
     ylabel="noise, relative to the gradient",
 )
 print(f"From 1 name to 64, the noise falls {noise[1] / noise[64]:.0f} times.")
-assert 1.8 < noise[4] / noise[16] < 2.2 and 7.6 < noise[1] / noise[64] < 8.4
 figure
 
-# %% bytes [markdown]
+# %% noise-test tags=["test"]
+assert 1.8 < noise[4] / noise[16] < 2.2 and 7.6 < noise[1] / noise[64] < 8.4
+
+# %% noise-why [markdown]
 # The errors of independent samples partly cancel, so the noise falls as one over the square root of the batch size.
 # A quiet gradient is worth having: it allows longer steps.
-# Why not always take a large batch, then?
-#
+
+# %% bytes [markdown]
 # ### How many bytes does a step hold?
+#
+# A larger batch is less noisy, so why not always take a large one?
 #
 # `measure_memory` follows every tensor that lives inside its block, to the byte, on any CPU.
 # The **peak** is the worst moment: what the machine must have.
 
-# %% bytes-guess tags=["nbval-ignore-output", "widget"]
+# %% bytes-guess tags=["nbval-ignore-output", "widget", "hidden"]
 bytes_guess = widgets.predict(
     "A step on 8 rows holds about 3.0 MB at its peak. How many MB for 16 rows?"
 )
+# %% bytes-came-out [markdown] tags=["folded"]
+# #### What a step holds
 
 
 # %% bytes-run
@@ -233,6 +241,8 @@ per_row = (peaks[16] - peaks[8]) // 8
 fixed = peaks[8] - 8 * per_row
 print(f"each further row: {per_row:,} bytes; whatever the batch: {fixed:,}")
 print(f"rows that fit into 1 GB: {(10**9 - fixed) // per_row:,}")
+
+# %% bytes-test tags=["test"]
 assert peaks[8] < peaks[16] < 2 * peaks[8]
 assert all(peak == fixed + batch_size * per_row for batch_size, peak in peaks.items())
 
@@ -242,14 +252,15 @@ assert all(peak == fixed + batch_size * per_row for batch_size, peak in peaks.it
 # The fixed part is the weights, 257,000 numbers of 4 bytes, and 8 bytes for the loss and one number that `cross_entropy` keeps.
 # What grows with every row is the **activations**, which the forward pass keeps for the backward pass, and what the backward pass makes of them.
 # So each machine has a largest batch, and no learning rate moves it.
-#
+
+# %% both [markdown]
 # ### Both at once
 #
 # Move the slider: the noise of the names' model beside the bytes of the random tokens' model.
 # The numbers belong to two models; the shapes are the same for any.
 
 
-# %% trade
+# %% trade tags=["hidden"]
 def trade(batch_size=8):
     """The figure and the sentence for one batch size, from what was measured."""
     sizes, megabytes = list(peaks), [peak / 1e6 for peak in peaks.values()]
@@ -271,22 +282,32 @@ def trade(batch_size=8):
     return figure, f"Batch size {batch_size}: {sentence}."
 
 
-# %% trade-widget tags=["nbval-ignore-output", "widget"]
+# %% trade-widget tags=["nbval-ignore-output", "widget", "hidden"]
 widgets.explore(trade, batch_size=[8, 16, 32, 64, 128])
 
-# %% trade-run
+# %% trade-still [markdown] tags=["folded"]
+# #### Two sizes as text, and one as a figure
+
+# %% trade-run tags=["hidden"] alt="Two panels against the batch size: the noise falls in a curve that gets flatter, the bytes rise in a straight line; a ring marks 128."
 figure, sentence = trade(batch_size=128)
 print(trade(batch_size=8)[1])
 print(sentence)
-assert sentence.startswith(f"Batch size 128: noise {noise[128]:.2f}, peak")
 figure
+
+# %% trade-test tags=["test"]
+assert sentence.startswith(f"Batch size 128: noise {noise[128]:.2f}, peak")
 
 # %% recap [markdown]
 # ## Recap
 #
+# <details><summary>The lesson in three sentences: say yours first</summary>
+#
 # - The loop makes one update from one mini-batch: `backward()` fills `.grad`, `step()` uses it, `zero_grad()` forgets it.
 # - The gradient's noise falls as one over the square root of the batch size: four times the batch, half the noise.
 # - The bytes held grow in a straight line with the batch, so the machine sets a limit.
+#
+# </details>
+# <br>
 #
 # **Try it.** In `peak_bytes`, call `data.random_tokens(batch_size=batch_size, length=40)` instead.
 # Predict first which of the two numbers printed below it moves: bytes for each further row, or bytes whatever the batch.
@@ -303,5 +324,5 @@ figure
 #
 # **Next**, in lesson 2: what if you want the quiet gradient of a large batch on a machine that holds a small one?
 
-# %% recap-guesses
+# %% recap-guesses tags=["hidden"]
 widgets.recap()

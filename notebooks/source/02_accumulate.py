@@ -5,10 +5,10 @@
 #
 # After this lesson you can
 # - say what `.grad` holds after several calls of `backward()`, and read out of it what went in;
-# - predict by which factor a delayed step is wrong, and what plain SGD makes of it;
+# - predict what a delayed step does to the gradient, and what plain SGD makes of it;
 # - predict the peak memory of a window of small batches against one large batch.
 #
-# 15 minutes. It continues [lesson 1](01_naive_loop.ipynb).
+# 20 minutes. It continues [lesson 1](01_naive_loop.ipynb).
 
 # %% setup tags=["nbval-ignore-output"]
 import torch
@@ -16,7 +16,6 @@ from torch.nn.functional import cross_entropy
 
 from gradaccum import data, memory, models, plots, relative_error, widgets
 
-torch.manual_seed(0)
 torch.set_num_threads(1)  # as fast for small models, and no waiting
 print(f"torch {torch.__version__}, running on the CPU")
 
@@ -48,24 +47,20 @@ assert weight.grad.item() == 6
 # A **micro-batch** is what one forward and backward sees.
 # The micro-batches of one update are a **window**, and their number is called **accumulation steps**, k for short.
 #
-# Below is the loop of lesson 1 on the real names, with one `if` more.
+# Below is the loop of lesson 1 on the real names; the two lines that are new are marked.
 # The micro-batches hold 8 names each, and the step comes after every fourth.
 
 # %% delay-run
-names = data.shuffled(data.character_names(length=18), seed=0)
-characters = data.Characters(names)
+names, characters, model = models.for_names(length=18)
 micro_batches = [characters.batch(names[i : i + 8]) for i in range(0, 256, 8)]
-accumulation_steps = 4
-
-torch.manual_seed(0)
-model = models.embedding_linear(len(characters), width=32)
+accumulation_steps = 4  # new
 optimizer = torch.optim.SGD(model.parameters(), lr=4.0)
 updates = 0
 for step, (inputs, targets) in enumerate(micro_batches):
     logits = model(inputs)
     loss = cross_entropy(logits.flatten(0, 1), targets.flatten())
     loss.backward()
-    if (step + 1) % accumulation_steps == 0:
+    if (step + 1) % accumulation_steps == 0:  # new
         optimizer.step()
         optimizer.zero_grad()
         updates += 1
@@ -86,11 +81,10 @@ factor_guess = widgets.predict(
 )
 
 # %% factor-came-out [markdown] tags=["folded"]
-# ### What came out
+# ### What the delayed step collected
 
 # %% factor-run
-torch.manual_seed(0)
-model = models.embedding_linear(len(characters), width=32)
+_, _, model = models.for_names(length=18)
 for inputs, targets in micro_batches[:4]:
     cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).backward()
 delayed = [parameter.grad for parameter in model.parameters()]
@@ -129,11 +123,11 @@ assert abs(error - (accumulation_steps - 1)) < 1e-5
 # Four weights are unknown, and every number in `.grad` is one equation for them.
 # Least squares solves that in five lines.
 
+# %% solve-came-out [markdown] tags=["folded"]
+# ### The five lines, and a picture
+
 # %% solve-run
-names = data.shuffled(data.character_names(length=18), seed=0)
-characters = data.Characters(names)
-torch.manual_seed(0)
-model = models.embedding_linear(len(characters), width=32)
+names, characters, model = models.for_names(length=18)
 
 
 def collected(*starts):
@@ -172,22 +166,30 @@ assert unexplained < 1e-5
 # This picture comes again in each lesson: a right loop fills its outlines, and each wrong line leaves a pattern of its own.
 
 # %% astray [markdown]
-# ## Plain SGD goes astray
+# ## What does plain SGD make of it?
 #
-# SGD moves the weights by the learning rate times the gradient.
-# A gradient four times too large is a learning rate four times too large.
-# With a rate that suits the batch of 32, watch both.
+# SGD moves the weights by the learning rate times the gradient, so a longer gradient is a longer step.
+# Take a rate that suits the batch of 32, and train on with the delayed step.
+
+# %% astray-guess tags=["nbval-ignore-output", "widget", "hidden"]
+astray_guess = widgets.predict(
+    "SGD at a good rate for the batch of 32. Where is the loss after 24 delayed updates?",
+    choices=[
+        "a little lower than with the batch of 32",
+        "a little higher",
+        "more than 100 times as high",
+    ],
+)
+
+# %% astray-came-out [markdown] tags=["folded"]
+# ### Where the loss goes
+
 
 # %% astray-run
-names = data.shuffled(data.character_names(length=18), seed=0)
-characters = data.Characters(names)
-everything = characters.batch(names)
-
-
 def losses_of(accumulation_steps, micro_batch_size):
     """The loss over all names after each update of SGD, for three epochs."""
-    torch.manual_seed(0)
-    model = models.embedding_linear(len(characters), width=32)
+    names, characters, model = models.for_names(length=18)
+    everything = characters.batch(names)
     optimizer = torch.optim.SGD(model.parameters(), lr=4.0)
     losses = []
     for step, start in enumerate(3 * list(range(0, 256, micro_batch_size))):
@@ -203,7 +205,13 @@ def losses_of(accumulation_steps, micro_batch_size):
 
 
 whole, delayed = losses_of(1, micro_batch_size=32), losses_of(4, micro_batch_size=8)
-print(f"after 24 updates: {whole[-1]:.1f} with one batch of 32")
+times = delayed[-1] / whole[-1]
+choice = min(2, int(times > 1) + int(times > 100))
+astray_guess.reveal(
+    astray_guess.choices[choice],
+    f"is where it is; with the batch of 32 it is {whole[-1]:.1f}",
+    right=astray_guess.choices[choice],
+)
 
 # %% astray-figure tags=["hidden"] alt="The loss over 24 updates on a logarithmic axis: with one batch of 32 it falls a little, with the delayed step it rises by many powers of ten."
 figure, (axis,) = plots.panels(["Same names, same learning rate"])
@@ -214,29 +222,60 @@ plots.lines(
     series,
     log="y",
     xlabel="update",
-    ylabel="loss over all names, nats",
+    ylabel="loss over all names",
 )
 figure
 
 # %% astray-why [markdown]
-# With the delayed step the loss is above 1,000 at the end, and it still rises.
+# A gradient four times too large is a learning rate four times too large.
+# The rate of 4 was near the largest that this model bears; with 16 each step overshoots further than the last.
 
 # %% astray-test tags=["test"]
 assert whole[-1] < 2.5
 assert delayed[-1] > max(1000, delayed[11])
 
 # %% where [markdown]
-# ## Where the gradients live
+# ## Where do the gradients live?
 #
 # The loop overwrites `loss` at every micro-batch.
 # Is the first micro-batch's share lost, then?
-# We delete each loss, look where `.grad` lies in memory, and count its bytes.
+
+# %% where-figure tags=["hidden"] alt="A drawing. Four boxes, loss 1 to loss 4, the first three gone. From each an arrow, backward adds, to one box, .grad, which is beside the box of the weight; one arrow, step, leads from .grad to the weight."
+figure, (axis,) = plots.panels(["One place collects"], height=2.9)
+figure.set_figwidth(7)
+box = {"boxstyle": "round,pad=0.5", "facecolor": "white", "edgecolor": "#555555"}
+words = {"ha": "center", "va": "center", "bbox": box}
+for number in range(1, 5):
+    place = (0.1, 1.1 - 0.25 * number)
+    text = f"loss {number}" if number == 4 else f"loss {number}, gone"
+    axis.annotate(
+        "",
+        (0.56, 0.5),
+        (0.19, place[1]),
+        arrowprops={"arrowstyle": "->", "color": plots.COLOURS[number - 1]},
+    )
+    axis.text(*place, text, color=plots.COLOURS[number - 1], **words)
+axis.text(0.37, 0.9, "backward() adds", ha="center")
+axis.text(0.63, 0.5, ".grad", weight="bold", **words)
+axis.text(0.93, 0.5, "the weight", **words)
+axis.annotate("", (0.85, 0.5), (0.69, 0.5), arrowprops={"arrowstyle": "->"})
+axis.text(0.77, 0.57, "step()", ha="center")
+axis.set(xlim=(0, 1), ylim=(0, 1))
+axis.axis("off")
+figure
+
+# %% where-why [markdown]
+# Nothing is lost: the gradient does not live in the loss.
+# It lives beside each weight, in one place, and every `backward()` adds to that place.
+# The loss holds only the way back through one micro-batch, and `backward()` frees that as it goes.
+# So the name `loss` may be overwritten.
+# Even a kept loss would hold only its own 4 bytes; a loss that never went through `backward()` would hold everything.
+
+# %% where-look [markdown] tags=["folded"]
+# ### Look for yourself: one address, and as many bytes as the weights
 
 # %% where-run
-names = data.shuffled(data.character_names(length=18), seed=0)
-characters = data.Characters(names)
-torch.manual_seed(0)
-model = models.embedding_linear(len(characters), width=32)
+names, characters, model = models.for_names(length=18)
 places = set()
 for start in (0, 8, 16, 24):
     inputs, targets = characters.batch(names[start : start + 8])
@@ -253,13 +292,6 @@ print(f"bytes of the weights: {weight_bytes:,}, of their gradients: {gradient_by
 assert len(places) == 1
 assert gradient_bytes == weight_bytes
 
-# %% where-why [markdown]
-# Nothing is lost: the gradient does not live in the loss.
-# It lives beside each weight, in one place, and every `backward()` adds to that place.
-# The loss holds only the way back through one micro-batch, and `backward()` frees that as it goes.
-# So the name `loss` may be overwritten.
-# Even a kept loss would hold only its own 4 bytes; a loss that never went through `backward()` would hold everything.
-
 # %% reason [markdown]
 # ## The reason to do it
 #
@@ -273,7 +305,7 @@ peak_guess = widgets.predict(
 )
 
 # %% peak-came-out [markdown] tags=["folded"]
-# ### What came out
+# ### What the pieces hold, by role
 
 
 # %% peak-run
@@ -318,15 +350,21 @@ assert four_pieces.at_peak["gradients"] == four_pieces.at_peak["parameters"]
 # The weights are there however small the pieces are.
 # And the collected gradients must stay while the next micro-batch runs: one number for each weight, which the single batch did not hold at its peak.
 # Nearly all the rest went down to a quarter, because each micro-batch's activations are freed before the next one starts.
+# The largest bar, *backward temporaries*, is what the backward pass makes on the way and frees again: above all two tensors as large as the logits, on the way from the loss back to them.
 #
 # This is the trade: the data of a large batch, the activations of a small one.
 
 # %% recap [markdown]
 # ## Recap
 #
+# <details><summary>The lesson in three sentences: say yours first</summary>
+#
 # - `backward()` adds to `.grad`, which lives beside the model's weights, and least squares says how much of each micro-batch is in it.
 # - A delayed step on mean losses has k times the right gradient, and SGD goes astray on it.
 # - A window holds one micro-batch's activations and one copy of the gradients at a time.
+#
+# </details>
+# <br>
 #
 # **Try it.** What will `peak_of(16).peak_bytes` be? Write your number down before you run it.
 #

@@ -8,7 +8,7 @@
 # - say how close it comes to the large batch, and why not closer;
 # - say which optimizers and settings notice a missing division, and test in a way that is not fooled.
 #
-# 20 minutes. It continues [lesson 2](02_accumulate.ipynb).
+# 25 minutes. It continues [lesson 2](02_accumulate.ipynb).
 
 # %% setup tags=["nbval-ignore-output"]
 import torch
@@ -352,9 +352,14 @@ assert found["no division"].kind == "not divided"
 # %% recap [markdown]
 # ## Recap
 #
+# <details><summary>The lesson in three sentences: say yours first</summary>
+#
 # - Divide each micro-batch's mean loss by k, and the window has the large batch's gradient, if the micro-batches are equally large and the loss sees each item alone.
 # - Equal means up to rounding, of the size that reordering the batch causes; bit for bit it is not.
 # - Adam, AdamW and constant clipping hide a missing division; SGD, L2 decay, eps and ordinary clipping do not. Compare gradients, or read the weights.
+#
+# </details>
+# <br>
 #
 # **Try it.** Some loops use `cross_entropy(..., reduction="sum")`. By what should each loss be divided then?
 #

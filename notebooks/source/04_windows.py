@@ -8,7 +8,7 @@
 # - write a loop in which clipping, schedule and logging have one obvious place;
 # - answer what happens to the learning rate and the number of updates.
 #
-# 25 minutes. It continues [lesson 3](03_normalize.ipynb).
+# 30 minutes. It continues [lesson 3](03_normalize.ipynb).
 
 # %% setup tags=["nbval-ignore-output"]
 import torch
@@ -58,10 +58,10 @@ assert moved == 0
 # ## Seven micro-batches, k = 3
 #
 # Real data sets seldom divide evenly.
-# Here are three ways to write the condition, and what they make of seven micro-batches.
+# Here are three ways to write the condition, and what they make of seven micro-batches: `... or last` is `(step + 1) % 3 == 0 or step == 6`.
 
 
-# %% edges-run
+# %% edges-run tags=["hidden"]
 def groups_of(is_update):
     """The micro-batches of each step; those that get none in this epoch, negative."""
     groups, group = [], []
@@ -146,6 +146,17 @@ assert 0.1 < leak < cleared < 1
 # ## Once per update
 #
 # Three more things belong to the update and are easily left in the inner loop: clipping, the schedule, and what you log.
+# Say that all three run at each micro-batch, with k = 4, and the gradient's norm comes out right.
+
+# %% once-guess tags=["nbval-ignore-output", "widget", "hidden"]
+once_guess = widgets.predict(
+    "Clipped at 0.05 after each of 4 micro-batches, not once: both norms are 0.05. "
+    "How far is the gradient off?",
+    choices={"0 %, it is the same": 1e-3, "about 5 %": 5, "about 30 %": 30},
+)
+
+# %% once-came-out [markdown] tags=["folded"]
+# ### What clipping, schedule and log do there
 
 # %% once-run
 import warnings
@@ -188,8 +199,10 @@ norms = [
     for gradient in (right_gradient, wrong_gradient)
 ]
 error = relative_error(wrong_gradient, right_gradient)
+once_guess.reveal(f"{100 * error:.0f} %", "off, clipped inside")
+
+# %% once-check
 print(f"clipped once and inside: norms {norms[0]:.2f} and {norms[1]:.2f}")
-print(f"the gradient that was clipped inside is {100 * error:.0f} % off")
 print(f"logged: {shares[3]:.1f}; the window's loss: {sum(shares[:4]):.1f}")
 
 # %% once-figure tags=["hidden"] alt="The learning rate over eight updates: stepped once per update it falls in a straight line from 1 to near 0; stepped at each micro-batch it is at its lowest from the third update on."
@@ -465,7 +478,7 @@ assert large[-1] < small[-1]
 # How much longer? Multiply the rate by the square root of k, or by k: both are rules of thumb, so measure.
 # Count warm-up, schedule, checkpoints and total steps in **updates**.
 
-# %% steps [markdown]
+# %% steps [markdown] tags=["folded"]
 # ### Is one window as good as k small steps?
 
 # %% steps-run
@@ -497,9 +510,14 @@ assert moved["4 steps on 8 names"] > 2 * moved["1 step on the window of 32"]
 # %% recap [markdown]
 # ## Recap
 #
+# <details><summary>The lesson in three sentences: say yours first</summary>
+#
 # - A loop over micro-batches with an `if` goes wrong in seven ways: leftover, off-by-one, divisor, `zero_grad`, clipping, schedule, log. Five show in the weights, and `audit` reads those of any loop.
 # - With the window as the outer loop each update stands once, and the divisor is the window's own.
 # - The same data makes k times fewer updates; the learning rate and the schedule have to know that.
+#
+# </details>
+# <br>
 #
 # **Try it.** Predict what `list(gradaccum.windows(range(7), 4))` prints, and what `gradaccum.windows(range(7), 4.0)` says.
 #

@@ -8,7 +8,7 @@
 # - write the loop that is right for unequal micro-batches too, and hold its memory down;
 # - use `accumulate` in a loop of your own, and say what your loss sums and counts.
 #
-# 30 minutes. It continues [lesson 4](04_windows.ipynb).
+# 40 minutes. It continues [lesson 4](04_windows.ipynb).
 
 # %% setup tags=["nbval-ignore-output"]
 from functools import partial
@@ -77,7 +77,7 @@ lengths_guess = widgets.predict(
 # ### How far off, and which weights
 
 
-# %% lengths-run
+# %% lengths-names
 def loss_of(batch, reduction="mean"):
     """The loss of a batch: the mean over its targets, or the sum."""
     logits = model(batch[0]).flatten(0, 1)
@@ -91,6 +91,8 @@ ways = {
     "at random, sorted": sorted(names[:32], key=len),
     "24 shortest, 8 longest": by_length[:24] + by_length[-8:],
 }
+
+# %% lengths-run
 found, errors = {}, {}
 for way, lines in ways.items():
     _, _, model = models.for_names()
@@ -212,7 +214,7 @@ assert max(list(errors_of((1, 64, 1, 64)).values())[1:]) < 1e-12
 #
 # The right mean adds up all losses of the window and divides by the number of its targets.
 # That number must be known *before* the first `backward()`.
-# So count first; the rest of lesson 4's loop stays, without the schedule, to keep it short.
+# So count first; the rest of lesson 4's loop stays, without the schedule.
 
 # %% count-run
 names, characters, model = models.for_names()
@@ -237,7 +239,8 @@ for window in gradaccum.windows(micro_batches, accumulation_steps=3):
 # Three things changed: the count, `reduction="sum"`, and the divisor.
 # It costs one thing: the inputs of a whole window must be at hand before its first forward pass.
 # Inputs are small, and there are still one micro-batch's activations at a time.
-#
+
+# %% deferred [markdown]
 # ### Why not one backward at the end?
 #
 # There is a tempting other way: add up the losses of all micro-batches, divide at the end, and call `backward()` once.
@@ -315,6 +318,7 @@ assert 0.5 < given_back < 1
 # Accumulation gives the large batch's gradient where the loss is a sum over items, each computed from its item alone by a forward that remembers nothing, divided by a number known beforehand.
 #
 # The cell compares it with the plain mean of all names of the window in one padded batch.
+# In the cell after it, somebody has looked at a gradient and forgotten to clear it.
 
 # %% finished-run
 names, characters, model = models.for_names()
@@ -344,9 +348,6 @@ for lines in gradaccum.windows(pieces, accumulation_steps=3):
 
 # %% finished-test tags=["test"]
 assert error < 1e-12
-
-# %% finished-dirty [markdown]
-# And if somebody has looked at a gradient and forgotten to clear it?
 
 # %% finished-refusal
 loss_sum(window[0]).backward()
@@ -777,10 +778,15 @@ lower = min(trained, key=lambda rule: trained[rule][1])
 adam_guess.reveal(lower, "logs the lower loss", right=lower)
 
 # %% adam-all
-print(f"{'':18}  logs   names unseen   invents")
-for rule, (model, log, loss) in trained.items():
-    lines = [characters.decode(line) for line in model.invent(3, seed=1).tolist()]
-    print(f"{rule:18} {log:5.2f}   {loss:8.2f}       {', '.join(lines)}")
+print(f"{'':18}  logs   names unseen")
+for rule, (_, log, loss) in trained.items():
+    print(f"{rule:18} {log:5.1f}   {loss:8.1f}")
+
+# %% adam-invents tags=["nbval-ignore-output"]
+for rule, (model, _, _) in trained.items():
+    print(f"{rule} invents")
+    for line in model.invent(4, seed=1).tolist():
+        print("   ", characters.decode(line))
 
 # %% adam-test tags=["test"]
 (_, by_k_log, by_k_loss), (_, by_count_log, by_count_loss) = trained.values()
@@ -795,9 +801,14 @@ assert by_k_loss > by_count_loss + 0.03
 # %% recap [markdown]
 # ## Recap
 #
+# <details><summary>The lesson in three sentences: say yours first</summary>
+#
 # - The mean of means is not the mean when the counts differ; the error grows to the gradient's own length and beyond, and Adam does not hide it.
 # - Count the window's items first, then divide each summed loss by that count, with one `backward()` for each micro-batch.
 # - `windows` and `accumulate` are that loop; the rest of an update stays with you, and `check_split` says whether your loss may be cut.
+#
+# </details>
+# <br>
 #
 # **Try it.** Your loss already comes as a mean over the micro-batch's targets, and you cannot change that. How do you weight it?
 #
