@@ -212,5 +212,5 @@ class Scorecard:
         head = f"<b>{self.points} of {self.possible} points</b> {bar}"
         table = f"<table><thead><tr>{columns}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
         first, *others = (_escaped(line) for line in self._lines())
-        small = "".join(f"<br><small>{line}</small>" for line in others)
-        return f"<div role='group' aria-label='Scorecard'>{head}{table}<p>{first}{small}</p></div>"
+        small = "".join(f"<p style='margin:2px 0'><small>{line}</small></p>" for line in others)
+        return f"<div role='group' aria-label='Scorecard'>{head}{table}<p>{first}</p>{small}</div>"

@@ -109,12 +109,12 @@ def counted() -> str:
         return f"Counted is the best check of each exercise since the notebook was started; nothing is kept{off}."
     shown = _shown(path)
     if _read(path) is None:
-        why = f"{shown} cannot be read, so it is left alone"
+        why = f"{shown} cannot be read, and is left alone until you move it"
     elif _unwritten:
         why = f"{shown} cannot be written"
     else:
-        what = "points, day and a digest of the answer"
-        return f"Counted is the best check of each exercise, in earlier sessions too: {shown} keeps {what}, for you alone."
+        what = "points, day and a digest of the answer, for you alone"
+        return f"Counted is the best check of each exercise, in earlier sessions too: {shown} keeps {what}."
     return f"Counted is the best check of each exercise since the notebook was started; nothing is kept: {why}."
 
 
