@@ -131,7 +131,9 @@ class Prediction:
             question = html.escape(self.question.rsplit(". ")[-1])
             summary = f"Answer: {question} (commit a guess above, or open this)"
             return f"<details><summary>{summary}</summary><p>Measured: {self._answer}</p></details>"
-        return f"<p>You said <b>{html.escape(self.guess)}</b>. Measured: {self._answer}</p>"
+        told = [each.verdict()[0] for each in _asked.values() if each.guess is not None and each.measured is not None]
+        so_far = f"<p><small>Guesses so far: {len(told)}, right: {sum(told)}.</small></p>" if told else ""
+        return f"<p>You said <b>{html.escape(self.guess)}</b>. Measured: {self._answer}</p>{so_far}"
 
 
 _asked: dict[str, Prediction] = {}
@@ -233,9 +235,8 @@ def explore(view: Callable[..., tuple[Figure, str]], **controls: Sequence[Any]) 
     back = ipywidgets.Button(description="Back to the start", tooltip="Set every control to where it began")
     sentence = ipywidgets.HTML()
     sentence.add_class("gradaccum-says")
-    picture = ipywidgets.Image(
-        format="png", layout=ipywidgets.Layout(max_width="100%", margin="0", align_self="flex-start")
-    )
+    layout = ipywidgets.Layout(max_width="100%", margin="0", align_self="flex-start")
+    picture = ipywidgets.Image(format="png", layout=layout)
 
     @lru_cache(maxsize=64)  # by the controls' places, since a value may be anything
     def drawn(*_: int) -> tuple[str, bytes]:
@@ -283,13 +284,9 @@ def progress(items: Iterable[Item], description: str) -> Iterator[Item]:
 
 
 def _control(name: str, values: Sequence[Any], start: Any) -> Any:
-    return ipywidgets.SelectionSlider(
-        options=[(str(value), value) for value in values],
-        value=start,
-        description=name.replace("micro_batch", "micro-batch").replace("_", " "),
-        style={"description_width": "150px"},
-        layout=ipywidgets.Layout(width="auto", max_width="520px"),
-    )
+    shown = {"description": name.replace("micro_batch", "micro-batch").replace("_", " ")}
+    looks = {"style": {"description_width": "150px"}, "layout": ipywidgets.Layout(width="auto", max_width="520px")}
+    return ipywidgets.SelectionSlider(options=[(str(one), one) for one in values], value=start, **shown, **looks)
 
 
 def _view(parts: Sequence[Any]) -> Any:

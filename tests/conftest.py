@@ -21,6 +21,9 @@ settings.load_profile("gradaccum")
 # The lessons' kernels inherit it: where a busy machine slows a prediction down, nbval must not find a bar.
 os.environ["TQDM_DISABLE"] = "1"
 
+# Theirs too: what is kept for a learner, in work/ or in Jupyter's data folder, is no place for tests.
+os.environ["GRADACCUM_PROGRESS"] = "off"
+
 # The tests draw without a screen. Not through MPLBACKEND: the notebooks' kernels would inherit it and show no figure.
 os.environ.pop("MPLBACKEND", None)
 with suppress(ImportError):

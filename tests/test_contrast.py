@@ -315,6 +315,7 @@ def unreadable_card(text):
 def shown(monkeypatch):
     """A card of each outcome, and the scorecard at the start and at the end: name -> page."""
     monkeypatch.setattr(exercises, "_scores", {})
+    monkeypatch.setattr(exercises.progress, "_session", {})
 
     def stub(reduction, sizes):
         raise NotImplementedError

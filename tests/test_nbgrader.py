@@ -100,7 +100,8 @@ def nbgrader(course, *arguments):
     # nbgrader calls `alembic` by its name: its folder has to be on the path, as in an activated environment.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     ours = {"PATH": path, "JUPYTER_PREFER_ENV_PATH": "1", "GRADACCUM_SEED": "a class of its own"}
-    environment = {**os.environ, **ours}
+    environment = {**os.environ, **ours, "JUPYTER_DATA_DIR": str(course / "data")}
+    del environment["GRADACCUM_PROGRESS"]  # the settings have it
     command = [sys.executable, "-m", "nbgrader", *arguments]
     result = subprocess.run(command, cwd=course, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
@@ -130,5 +131,6 @@ def test_a_class_of_twelve(tmp_path):
     with (course / "grades.csv").open() as file:
         grades = {row["student_id"]: float(row["score"]) for row in csv.DictReader(file)}
     assert grades == {student: points for student, (_, points) in CLASS.items()}
+    assert not [*course.rglob("progress.json*")]
     page = (course / "feedback" / "half_a_question" / STEM / f"{STEM}.html").read_text(encoding="utf-8")
     assert "the number of micro-batches serves a mean" in page.lower()

@@ -71,6 +71,7 @@ def test_a_committed_guess_stands_and_opens_the_answer(screen):
     assert prediction.guess == "double"
     prediction.reveal("twice", "as much", right="double")
     assert "You said <b>double</b>" in screen.text
+    assert "Guesses so far: 1, right: 1." in screen.text
     # The cell run again, as by Shift + Enter after a click, does not take the guess away; another question is new.
     assert widgets.predict("How?", choices=["half", "double"]) is prediction
     assert widgets.predict("How?", choices=["half", "double", "thrice"]) is not prediction

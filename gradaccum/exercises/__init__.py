@@ -1,5 +1,7 @@
 """The graded exercises: `check` an answer, try it, see the `scorecard`, open the `solution`, or `reset` a cell.
 
+`card` draws what was reached, to share. `progress` says what is kept over a restart, and where.
+
 Each question is a file in `questions/`, with its properties, their oracles and its known mistakes.
 """
 
@@ -13,18 +15,22 @@ import traceback
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from IPython.core.getipython import get_ipython
 from IPython.display import Code, display
 
-from gradaccum.exercises.cards import Score, Scorecard
+from gradaccum.exercises import progress
+from gradaccum.exercises.cards import Row, Score, Scorecard
 from gradaccum.exercises.judge import grade
 from gradaccum.exercises.question import Answer, Question, known_mistakes
 from gradaccum.exercises.run import SECONDS, TimeUp, at_most
 from gradaccum.interrupts import say_stopped
 
-__all__ = ["Score", "Scorecard", "attempt", "check", "find", "questions_of", "reset", "scorecard", "solution"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Score", "Scorecard", "attempt", "card", "check", "find", "questions_of", "reset", "scorecard", "solution"]
 
 # Questions are found by listing this folder: a new question is a new file and nothing else.
 _FILES = [re.fullmatch(r"q(\d+)_(\d+)\.py", path.name) for path in Path(__file__).with_name("questions").glob("q*.py")]
@@ -33,6 +39,8 @@ IDENTIFIERS = tuple(f"{lesson}.{number}" for lesson, number in _NUMBERS)
 LESSONS = tuple(sorted({lesson for lesson, _ in _NUMBERS}))
 # Made from the notebooks' sources, where each answer stands once. An instructor may delete it.
 ANSWERS = Path(__file__).with_name("answers.json")
+# Made from them too: of each exercise its lesson's title, how difficult it is, and the sentence that it opens with.
+ABOUT = Path(__file__).with_name("about.json")
 _scores: dict[str, Score] = {}
 
 
@@ -93,7 +101,10 @@ def check(identifier: str, answer: Answer) -> Score:
     """
     say_stopped()
     score = Score(grade(find(identifier), answer, os.environ.get("GRADACCUM_SEED", "0")))
-    _scores[score.outcome.question.id] = score
+    _scores[identifier] = score
+    progress.keep(identifier, score.outcome.points, answer)
+    if progress.is_on():  # a learner's notebook: a grader's cards speak of the answer alone
+        score.so_far = scorecard(int(identifier.partition(".")[0])).so_far
     return score
 
 
@@ -122,13 +133,31 @@ def attempt(function: Answer, *args: Any, **kwargs: Any) -> None:
 
 
 def scorecard(lesson: int) -> Scorecard:
-    """Show the points of a lesson's exercises since the notebook was started, and what to do next.
+    """Show the points of a lesson's exercises, best known, since the notebook was started, and kept from before.
 
     Example:
         >>> scorecard(3).possible
         11
     """
-    return Scorecard(questions_of(lesson), _scores)
+    return Scorecard(questions_of(lesson), _scores, progress.known(), progress.counted())
+
+
+def card(lesson: int | None = None) -> Figure:
+    """Draw a card to share: the best points of a lesson's exercises, or of all, and the hardest that was solved.
+
+    Right-click saves it, or `exercises.card(3).savefig("card.png")`: 1200 by 630 pixels. Nothing is sent anywhere.
+
+    Returns:
+        A figure; its label (`figure.get_label()`) says what is on it, for an alt text.
+
+    Example:
+        >>> [round(100 * inches) for inches in card(3).get_size_inches()]
+        [1200, 630]
+    """
+    from gradaccum.exercises.sharing import drawn  # imports matplotlib, which a check does not need
+
+    questions = [each for one in (LESSONS if lesson is None else [lesson]) for each in questions_of(one)]
+    return drawn(lesson, Scorecard(questions, _scores, progress.known()), json.loads(ABOUT.read_text("utf-8")))
 
 
 def solution(identifier: str) -> None:
@@ -137,7 +166,7 @@ def solution(identifier: str) -> None:
 
 
 def reset(identifier: str) -> None:
-    """Put an exercise back to how it came.
+    """Put an exercise back to how it came, and clear what is kept of its points.
 
     Replace everything in its answer cell by `exercises.reset("3.2")` and run that: the cell becomes what it was.
     Outside of a notebook the text is printed.
@@ -148,11 +177,15 @@ def reset(identifier: str) -> None:
         ...
             raise NotImplementedError
     """
-    text, shell = _stored(identifier, "start"), get_ipython()
+    text, shell, question = _stored(identifier, "start"), get_ipython(), find(identifier)
+    row = Row(question, _scores.pop(identifier, None), progress.forget(identifier))
     if shell is None:
         print(text)
     else:
         shell.set_next_input(text, replace=True)
+        is_clear = row.best and identifier not in progress.known()  # a file that cannot be written keeps them
+        cleared = f", and its {row.best} of {question.points} points are cleared" if is_clear else ""
+        print(f"{identifier} is as it came{cleared}.")
 
 
 def _stored(identifier: str, what: str) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from gradaccum.exercises.compare import Difference
 from gradaccum.exercises.judge import Outcome, Result
+from gradaccum.exercises.progress import Kept
 from gradaccum.exercises.question import Question
 
 # White on each is 4.5:1 or more, for the badges; each is 3:1 or more on the page of a light and of a dark theme (#fff,
@@ -20,9 +22,11 @@ class Score(float):
     Attributes:
         outcome: what was tried, property by property.
         report: the card as plain text.
+        so_far: for a learner, in a sentence, how much of the lesson they have.
     """
 
     outcome: Outcome
+    so_far = ""
 
     def __new__(cls, outcome: Outcome) -> Score:
         """Make the number of the outcome's points."""
@@ -31,7 +35,7 @@ class Score(float):
         return score
 
     def _repr_html_(self) -> str:
-        return _card(self.outcome)
+        return _card(self.outcome, self.so_far)
 
     @property
     def report(self) -> str:
@@ -42,6 +46,7 @@ class Score(float):
             lines += [f"  {_verdict(result)[0]:10} {result.name} ({_worth(result)})"]
             lines += [f"             {line}" for line in _details(result)]
         lines += [f"This looks like: {outcome.mistake}"] if outcome.mistake else []
+        lines += [self.so_far] if self.so_far else []
         return "\n".join(lines)
 
 
@@ -91,7 +96,7 @@ def _escaped(text: str) -> str:
     return "".join(f"<code>{part}</code>" if index % 2 else part for index, part in enumerate(parts))
 
 
-def _card(outcome: Outcome) -> str:
+def _card(outcome: Outcome, so_far: str = "") -> str:
     text = _escaped
     full = outcome.points == outcome.question.points
     rows = []
@@ -109,47 +114,103 @@ def _card(outcome: Outcome) -> str:
     if outcome.printed.strip():
         shown = f"<pre style='white-space:pre-wrap'>{html.escape(outcome.printed)}</pre>"
         parts.append(f"<details><summary>What your code printed</summary>{shown}</details>")
+    parts += [f"<small>{text(so_far)}</small>"] if so_far else []
     colour = GREEN if full else GREY if outcome.note else RED
     style = f"border:1px solid {colour};border-left:6px solid {colour};padding:8px 12px;max-width:52em"
     name = f"Exercise {text(outcome.question.id)}: result"
     return f"<div role='status' aria-label='{name}' style='{style}'>{''.join(parts)}</div>"
 
 
-class Scorecard:
-    """All the exercises of a lesson, with what was earned since the notebook was started; made by `scorecard`."""
+class Row(NamedTuple):
+    """An exercise on a scorecard: its last check since the notebook was started, and what is kept of it."""
 
-    def __init__(self, questions: Sequence[Question], scores: dict[str, Score]) -> None:
-        self.rows = [(each, scores.get(each.id)) for each in questions]
-        self.points = int(sum(scores.get(each.id, 0) for each in questions))
+    question: Question
+    score: Score | None
+    kept: Kept | None
+
+    @property
+    def best(self) -> int:
+        """The most that is known to have been earned."""
+        known = self.kept.best if self.kept else 0
+        return min(max(known, int(self.score or 0)), self.question.points)
+
+    @property
+    def now(self) -> str:
+        """What the last check gave."""
+        return "not checked" if self.score is None else f"{self.score:g} of {self.question.points}"
+
+    @property
+    def before(self) -> str:
+        """What is kept and is more, or all that there is."""
+        kept = self.kept
+        if kept is None or (self.score is not None and self.score >= self.best):
+            return ""
+        answer = f" (answer {kept.answer:.8})" if kept.answer else ""
+        best = f"{self.best} of {self.question.points} on {kept.on:.10}{answer}"
+        if self.score is not None:
+            return f"best: {best}"
+        last = f", {kept.last} at the last check" if kept.last < kept.best else ""
+        return f"kept from an earlier session: {best}{last}"
+
+
+class Scorecard:
+    """All exercises of a lesson: what was earned since the notebook was started, and what is kept from before."""
+
+    def __init__(
+        self,
+        questions: Sequence[Question],
+        scores: Mapping[str, Score],
+        known: Mapping[str, Kept] | None = None,
+        counted: str = "",
+    ) -> None:
+        self.rows = [Row(each, scores.get(each.id), (known or {}).get(each.id)) for each in questions]
+        self.points = sum(row.best for row in self.rows)
         self.possible = sum(each.points for each in questions)
+        self.solved = sum(row.best == row.question.points for row in self.rows)
+        self.counted = counted
+
+    @property
+    def so_far(self) -> str:
+        """Say how much of the lesson there is, for a check's card."""
+        count = f"{self.solved} of {len(self.rows)} exercises of this lesson"
+        return f"So far: {count}, {self.points} of {self.possible} points."
 
     def next_step(self) -> str:
         """Say what to do next, in one sentence."""
-        for question, score in self.rows:
-            if score is None:
-                return f"Next: {question.id}, {question.title}: run its check."
-            if score < question.points:
-                missing = next((r.name for r in score.outcome.results if not r.passed), "")
-                return f"Next: {question.id}, {question.title}. Not there yet: {missing}."
+        for row in self.rows:
+            named = f"Next: {row.question.id}, {row.question.title}"
+            if row.score is None and row.best < row.question.points:
+                return f"{named}: run its check."
+            if row.score is not None and row.best < row.question.points:
+                missing = next((r.name for r in row.score.outcome.results if not r.passed), "")
+                return f"{named}. Not there yet: {missing}."
         return "All of it. Go on with the next lesson."
 
+    def _lines(self) -> list[str]:
+        share = f"exercises.card({self.rows[0].question.id.partition('.')[0]})"
+        card = [f'`{share}` draws a card to share, `{share}.savefig("card.png")` saves it.'] if self.points else []
+        return [self.next_step(), *([self.counted] if self.counted else []), *card]
+
     def __repr__(self) -> str:
-        rows = [f"  {_reached(question, score):>8}  {question.id} {question.title}" for question, score in self.rows]
-        return "\n".join([f"{self.points} of {self.possible} points", *rows, self.next_step()])
+        rows = [
+            f"  {row.now:>11}  {row.question.id} {row.question.title}" + (f"; {row.before}" if row.before else "")
+            for row in self.rows
+        ]
+        return "\n".join([f"{self.points} of {self.possible} points", *rows, *self._lines()])
 
     def _repr_html_(self) -> str:
         text, cell = html.escape, "style='text-align:left;font-weight:normal;padding:2px 12px 2px 0'"
-        rows = [
-            f"<tr><th scope='row' {cell}>{question.id} {text(question.title)}</th>"
-            f"<td {cell}>{_reached(question, score)}</td></tr>"
-            for question, score in self.rows
-        ]
-        columns = "".join(f"<th scope='col' {cell}><b>{name}</b></th>" for name in ("Exercise", "Points"))
+        has_kept = any(row.before for row in self.rows)
+        rows = []
+        for row in self.rows:
+            cells = [row.now, row.before] if has_kept else [row.now]
+            data = "".join(f"<td {cell}>{text(each)}</td>" for each in cells)
+            rows.append(f"<tr><th scope='row' {cell}>{row.question.id} {text(row.question.title)}</th>{data}</tr>")
+        names = ("Exercise", "Since the start", "Kept") if has_kept else ("Exercise", "Points")
+        columns = "".join(f"<th scope='col' {cell}><b>{name}</b></th>" for name in names)
         bar = f"<progress max='{self.possible}' value='{self.points}' aria-label='points'></progress>"
         head = f"<b>{self.points} of {self.possible} points</b> {bar}"
         table = f"<table><thead><tr>{columns}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-        return f"<div role='group' aria-label='Scorecard'>{head}{table}<p>{text(self.next_step())}</p></div>"
-
-
-def _reached(question: Question, score: Score | None) -> str:
-    return "not checked" if score is None else f"{score:g} of {question.points}"
+        first, *others = (_escaped(line) for line in self._lines())
+        small = "".join(f"<p style='margin:2px 0'><small>{line}</small></p>" for line in others)
+        return f"<div role='group' aria-label='Scorecard'>{head}{table}<p>{first}</p>{small}</div>"

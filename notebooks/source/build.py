@@ -187,6 +187,7 @@ def kernel(notebook: NotebookNode, **environment: str) -> Iterator[NotebookClien
         name: value for name, value in os.environ.items() if name != "MPLBACKEND"
     }  # figures are inline
     inherited["TQDM_DISABLE"] = "1"  # a bar, on a slow machine, is no output to keep
+    inherited["GRADACCUM_PROGRESS"] = "off"  # nor are these an author's own exercises
     with client.setup_kernel(
         cleanup_kc=True, cwd=str(NOTEBOOKS), env=inherited | environment
     ):
@@ -304,24 +305,23 @@ def check(path: Path) -> list[str]:
     return problems
 
 
-def answers() -> str:
-    """Collect the worked solutions of all exercises, as the module keeps them."""
+def kept() -> dict[Path, str]:
+    """Collect what the module keeps of the exercises: the worked solutions, and what a card to share says."""
     paths = [path for path in sources().values() if is_exercise(path)]
-    return release.answers(
-        [(release.marked(read_source(path)), expected(path)) for path in paths]
-    )
+    both = [(release.marked(read_source(path)), expected(path)) for path in paths]
+    return {release.ANSWERS: release.answers(both), release.ABOUT: release.about(both)}
 
 
 def keep_answers(act: Callable[[Path], list[str]]) -> list[str]:
-    """Write the worked solutions, or compare them."""
-    if act is make:
-        release.ANSWERS.write_text(answers(), encoding="utf-8")
-        return []
-    if release.ANSWERS.exists() and release.ANSWERS.read_text("utf-8") == answers():
-        return []
-    problem = f"{release.ANSWERS.name}: does not hold the answers of the sources"
-    print(problem)
-    return [problem]
+    """Write what the module keeps of the exercises, or compare it."""
+    problems = []
+    for path, text in kept().items():
+        if act is make:
+            path.write_text(text, encoding="utf-8")
+        elif not path.exists() or path.read_text("utf-8") != text:
+            problems.append(f"{path.name}: does not hold what the sources say")
+            print(problems[-1])
+    return problems
 
 
 def keep_readme(act: Callable[[Path], list[str]]) -> list[str]:

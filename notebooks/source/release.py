@@ -20,6 +20,7 @@ from nbgrader.preprocessors import (
 )
 from traitlets.config import Config
 
+from gradaccum.exercises import ABOUT as ABOUT
 from gradaccum.exercises import ANSWERS as ANSWERS
 from gradaccum.exercises import find
 from gradaccum.exercises.question import Question
@@ -95,4 +96,22 @@ def answers(notebooks: list[tuple[NotebookNode, NotebookNode]]) -> str:
                     "start": start.source.strip(),
                 }
                 found[question_of(cell).id] = texts
+    return json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+
+
+def about(notebooks: list[tuple[NotebookNode, NotebookNode]]) -> str:
+    """Write down of each question its lesson's title, its difficulty, and the sentence that says why it matters."""
+    found = {}
+    for notebook, _ in notebooks:
+        lesson = notebook.cells[0].source.splitlines()[0].partition(". ")[2]
+        for cell in notebook.cells:
+            if cell.id.startswith("exercise-"):
+                difficulty, why = re.findall(
+                    r"\n\ndifficulty (\d)/5 .*\n\n(.+)", cell.source
+                )[0]
+                found[question_of(cell).id] = {
+                    "lesson": lesson,
+                    "difficulty": int(difficulty),
+                    "why": why,
+                }
     return json.dumps(found, indent=1, ensure_ascii=False) + "\n"

@@ -609,6 +609,7 @@ def test_the_verdict_is_a_word_and_not_a_colour_alone():
 
 def test_the_scorecard_says_what_is_there_and_what_is_next(monkeypatch):
     monkeypatch.setattr(exercises, "_scores", {})
+    monkeypatch.setattr(exercises.progress, "_session", {})
     assert repr(scorecard(3)).startswith("0 of 11 points\n")
     assert "Next: 3.1, One normalized window: run its check." in repr(scorecard(3))
     check("3.1", stub)

@@ -218,6 +218,7 @@ exercises.scorecard(1)
 
 # %% after [markdown]
 # - `exercises.solution("1.1")` in a new cell shows the worked solution. Read it once you have tried.
-# - To start one exercise again, replace everything in its answer cell by `exercises.reset("1.1")` and run that.
+# - To start one exercise again, replace everything in its answer cell by `exercises.reset("1.1")` and run that; its points are cleared too.
+# - `exercises.card(1)` draws a card of these exercises to share, `exercises.card()` one of all; right-click it to save it.
 #
 # **Next**: [lesson 2](../02_accumulate.ipynb).

@@ -201,6 +201,7 @@ exercises.scorecard(3)
 
 # %% after [markdown]
 # - `exercises.solution("3.1")` in a new cell shows the worked solution. Read it once you have tried.
-# - To start one exercise again, replace everything in its answer cell by `exercises.reset("3.1")` and run that.
+# - To start one exercise again, replace everything in its answer cell by `exercises.reset("3.1")` and run that; its points are cleared too.
+# - `exercises.card(3)` draws a card of these exercises to share, `exercises.card()` one of all; right-click it to save it.
 #
 # **Next**: [lesson 4](../04_windows.ipynb).

@@ -348,6 +348,7 @@ exercises.scorecard(4)
 
 # %% after [markdown]
 # - `exercises.solution("4.1")` in a new cell shows the worked solution. Read it once you have tried.
-# - To start one exercise again, replace everything in its answer cell by `exercises.reset("4.1")` and run that.
+# - To start one exercise again, replace everything in its answer cell by `exercises.reset("4.1")` and run that; its points are cleared too.
+# - `exercises.card(4)` draws a card of these exercises to share, `exercises.card()` one of all; right-click it to save it.
 #
 # **Next**: [lesson 5](../05_unequal_micro_batches.ipynb).

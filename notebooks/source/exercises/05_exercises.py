@@ -297,6 +297,7 @@ exercises.scorecard(5)
 
 # %% after [markdown]
 # - `exercises.solution("5.1")` in a new cell shows the worked solution. Read it once you have tried.
-# - To start one exercise again, replace everything in its answer cell by `exercises.reset("5.1")` and run that.
+# - To start one exercise again, replace everything in its answer cell by `exercises.reset("5.1")` and run that; its points are cleared too.
+# - `exercises.card(5)` draws a card of these exercises to share, `exercises.card()` one of all; right-click it to save it.
 #
 # **Next**: [lesson 6](../06_gpu_memory.ipynb).

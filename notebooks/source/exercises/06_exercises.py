@@ -304,6 +304,7 @@ exercises.scorecard(6)
 
 # %% after [markdown]
 # - `exercises.solution("6.1")` in a new cell shows the worked solution. Read it once you have tried.
-# - To start one exercise again, replace everything in its answer cell by `exercises.reset("6.1")` and run that.
+# - To start one exercise again, replace everything in its answer cell by `exercises.reset("6.1")` and run that; its points are cleared too.
+# - `exercises.card(6)` draws a card of these exercises to share, `exercises.card()` one of all; right-click it to save it.
 #
 # **Next**: these are the last exercises. Put `windows`, `accumulate` and the planner into a loop of your own.
