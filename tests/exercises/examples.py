@@ -172,6 +172,19 @@ def example_5_3(solved, given):
         yield said.format(printed.getvalue().splitlines()[-1])
 
 
+def example_5_5(solved, given):
+    model, batch = nn.Linear(2, 3), (torch.randn(5, 2), torch.tensor([0, 2, 1, 1, 0]))
+    total, count = 'cross_entropy(model(x), y, reduction="sum")', "len(y)"
+
+    def value(code):
+        return lambda batch: eval(code, {**solved, "model": model, "x": batch[0], "y": batch[1]})
+
+    pieces = [tuple(each[rows] for each in batch) for rows in (slice(1), slice(1, 5))]
+    mean = "cross_entropy(model(x), y)"
+    assert solved["check_split"](model, batch, value(mean), pieces, value(total), value(count))
+    yield f"For the loss `{mean}`, with no padding, the pair is `{total}` and `{count}`."
+
+
 def example_6_2(solved, given):
     yield f"the plan is `{solved['plan'](lambda size: 1000 + 10 * size, 50, 1205)}`"
 
