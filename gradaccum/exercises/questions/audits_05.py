@@ -29,6 +29,16 @@ def weights_of(loop, counts, k, kept=()):
     }[loop]
 
 
+def clipped(draw, counts, k):
+    """Draw what each clipping keeps, such that the weights add up to what those of another fault do."""
+    right = weights_of(RIGHT, counts, k)
+    kept = [draw.uniform(0.5, 0.9) for _ in counts]
+    kept[-1] = 1.0
+    aim = len(counts) / k if len(counts) < k else right[-1]  # of a partial window over k, of the last alone
+    kept[-1] = aim / sum(weights_of("clips after backward", counts, k, kept))
+    return kept
+
+
 def audited(draw, loop, many, alike):
     """Draw a window's counts, and its weights as measured.
 
@@ -43,14 +53,19 @@ def audited(draw, loop, many, alike):
             counts[::2] = [most + 1] * len(counts[::2])
         if alike == "empty":
             counts[:-1] = [0] * (length - 1)
-        kept = [draw.uniform(0.5, 0.9) for _ in counts]
+        kept = clipped(draw, counts, k)
         exact, right = (weights_of(each, counts, k, kept) for each in (loop, RIGHT))
         others = [weights_of(each, counts, k, kept) for each in LOOPS]
         pairs = [pair for other in others for pair in zip(exact, other, strict=True)]
         apart = all(abs(one - other) < 1e-9 or abs(one - other) > 0.0101 for one, other in pairs)
         steady = all(abs(10**n * one % 1 - 0.5) > 0.02 for pair in pairs for one in pair for n in (2, 3, 4))
         far = max(abs(one - other) for one, other in zip(exact, right, strict=True))
-        if apart and steady and (far > 0) == (loop != RIGHT) and (alike != "nearly" or far < 0.02):
+        as_asked = (far > 0) == (loop != RIGHT) and (alike != "nearly" or far < 0.02)
+        if alike == "unequal":
+            as_asked &= length == 1 or len(set(counts)) > 1
+        if loop == "clips after backward":
+            as_asked &= kept[-1] < 0.95 and (alike == "equal" or exact != sorted(exact))
+        if apart and steady and as_asked:
             off = [draw.choice([-1, 1]) * draw.uniform(0.3, 1) for _ in exact]
             weights = [one + by * (1e-6 * one or 1e-8) for one, by in zip(exact, off, strict=True)]
             weights = [weight if count else 0.0 for weight, count in zip(weights, counts, strict=True)]

@@ -129,6 +129,11 @@ targets_counted = but(
     "else: compare the two for a batch of three targets.",
     weighted=lambda model, x, y: (with_weights(model, x, y), len(kept(y))),
 )
+mean_by_targets = but(
+    "For `weighted` the mean is multiplied by the number of targets, and it was not divided by that; over no target it "
+    "is nan, too.",
+    weighted=lambda model, x, y: (with_weights(model, x, y, "mean") * len(kept(y)), len(kept(y))),
+)
 classes_counted = but(
     "For `weighted` the count is the sum of the classes' weights, the same for every micro-batch; each target of it "
     "brings the weight of its own class.",
@@ -175,6 +180,14 @@ lines_summed = but(
 lines_by_length = but(
     "For `by_line` the losses of a line are divided by its length with the padding; divide by its targets.",
     by_line=lambda model, x, y: (tokens(model, x, y, reduction="none").mean(1).sum(), len(y)),
+)
+lines_by_targets = but(
+    "For `by_line` the means of the lines are divided by the number of targets; divide by that of the lines.",
+    by_line=lambda model, x, y: (of_lines(model, x, y).sum(), len(kept(y))),
+)
+empty_divided = but(
+    "For `by_line` a line without a target is 0 / 0, which is nan; the loss that is given divides it by 1.",
+    by_line=lambda model, x, y: ((tokens(model, x, y, reduction="none").sum(1) / (y >= 0).sum(1)).sum(), len(y)),
 )
 empty_left_out = but(
     "For `by_line` a line without a target is not counted; its loss is 0, and the mean over the lines counts it.",

@@ -4,7 +4,7 @@ from math import isclose
 
 from gradaccum.exercises.question import FINISHED, Property, Question
 from gradaccum.exercises.questions.audits_05 import LOOPS, RIGHT, audited
-from gradaccum.exercises.questions.readings_05 import LINES, NAMES, as_mean, first, last_alone, reads, shorter, without
+from gradaccum.exercises.questions.rules_05 import LINES, NAMES, alone, as_mean, by_sum, first, reads, shorter, without
 from gradaccum.verdicts import kind_of
 
 
@@ -41,10 +41,15 @@ QUESTION = Question(
     forbidden=(*FINISHED, kind_of),
 )
 
+EXACTLY = (
+    'Nearly every window is called "clipped or divided inside": measured weights are never exactly what a rule says, '
+    "so no rule fits that has == or math.isclose with its 1e-9."
+)
 NEAR = {
-    "compared_exactly": reads(
-        'Every window is called "clipped or divided inside": measured weights are never exactly what a rule says, so '
-        "no rule fits that has == or math.isclose with its 1e-9.",
+    "compared_exactly": reads(EXACTLY, near=lambda weight, value: weight == value),
+    "compared_exactly_but_one": reads(
+        EXACTLY,
+        lambda rules, weights, *window: [*rules, alone(weights)],
         near=lambda weight, value: weight == value,
     ),
     "zero_exactly": reads(
@@ -63,6 +68,7 @@ LOOSE = {
 EQUAL = "Equal weights are called right where the counts are not equal; right is the count over the count of all."
 FEWER_IS = "Every window with fewer than k{} is called a partial one over k: see what its weights are."
 BELOW = "All weights that add up to less than 1 are called clipped; those of other faults do so too."
+SUM = "Clipped weights may add up to what those of another fault do: compare each weight, not their sum."
 ZEROS = "A weight of 0 is right for a micro-batch that counts nothing: see first whether all is right."
 NONE = "And a window of one micro-batch has lost none."
 RULES = [  # name, sentence, and how the rules are changed
@@ -77,12 +83,14 @@ RULES = [  # name, sentence, and how the rules are changed
     ("partial_as_mean", "Weights of 1/k in a window with fewer are no mean: they do not add up to 1.", as_mean),
     ("fewer_is_partial", FEWER_IS.format(""), shorter(lambda rules, weights: [(NAMES[4], weights)])),
     (
-        "or_right",
+        "partial_or_right",
         FEWER_IS.format(" if not right"),
         shorter(lambda rules, weights: [rules[0], (NAMES[4], weights)]),
     ),
-    ("zeros_first", ZEROS, lambda rules, weights, *window: [last_alone(weights), *rules][len(weights) < 2 :]),
-    ("zeros_first_or_one", f"{ZEROS} {NONE}", lambda rules, weights, *window: [last_alone(weights), *rules]),
+    ("zeros_first", ZEROS, lambda rules, weights, *window: [alone(weights), *rules][len(weights) < 2 :]),
+    ("zeros_first_or_one", f"{ZEROS} {NONE}", lambda rules, weights, *window: [alone(weights), *rules]),
+    ("by_sum", SUM, by_sum(4)),
+    ("by_sums", SUM, by_sum(4, 5)),
     ("below_one", BELOW, lambda rules, weights, *window: rules if sum(weights) > 0.999 else []),
 ]
 READ = {name: reads(sentence, change) for name, sentence, change in RULES}
@@ -94,6 +102,7 @@ LINE = {  # a sentence, and the lines that are not the right ones
     **{f"to_k_{at}": (TO_K, {NAMES[at]: "B"}) for at in (1, 3, 4)},
     **{f"alike_{at}": (ALIKE, {NAMES[at]: "C"}) for at in (1, 3, 4)},
     "right_changed": ("A right window gets a line that changes the loop; nothing is to mend.", {NAMES[0]: "A"}),
+    "right_none": ("The line of a right window is F, which says that nothing is to mend.", {NAMES[0]: None}),
     "clipping_left": ("Clipping after each backward is a fault; line F leaves it there.", {NAMES[6]: "F"}),
     "confused": ("Lines D and E are the wrong way round.", {NAMES[5]: "E", NAMES[6]: "D"}),
 }

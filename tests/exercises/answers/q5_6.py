@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from gradaccum.exercises.questions.readings_05 import NAMES, by_rules
+from gradaccum.exercises.questions.rules_05 import NAMES, by_rules
 from gradaccum.verdicts import Facts, kind_of
 
 LINES = {"right": "F", "only the last micro-batch": "D", "clipped or divided inside": "E"}
@@ -200,6 +200,37 @@ def partial_by_sum(weights, counts, k):
     return "a partial window over k" if len(counts) < k and sum(weights) < 0.99 else name
 
 
+@paired
+def sums_alone(weights, counts, k):
+    """Compares what the weights add up to."""
+    total, sums = sum(weights), {len(counts) / k: NAMES[4], 1: NAMES[3], counts[-1] / sum(counts): NAMES[5]}
+    name = by_rules()(weights, counts, k)[0]
+    if name in NAMES[:2]:
+        return name
+    return next((name for value, name in sums.items() if abs(total - value) < 1e-3), NAMES[6])
+
+
+@paired
+def growing(weights, counts, k):
+    """Takes weights that grow for clipping, and all else for a mean."""
+    name = by_rules()(weights, counts, k)[0]
+    return "each mean over k" if name == NAMES[6] and sorted(weights) != weights else name
+
+
+@paired
+def written_with_equals(weights, counts, k):
+    many = len(weights)
+    if weights == [count / sum(counts) for count in counts]:
+        return "right"
+    if weights in ([1] * many, counts):
+        return "not divided"
+    if weights == [1 / many] * many:
+        return "each mean over k"
+    if weights == [1 / k] * many:
+        return "a partial window over k"
+    return NAMES[5] if weights[:-1] == [0] * (many - 1) else NAMES[6]
+
+
 def lower_case(weights, counts, accumulation_steps):
     name, line = by_rules()(weights, counts, accumulation_steps)
     return name, line.lower()
@@ -219,6 +250,9 @@ WRONG = [
     first_weight_alone,
     sum_of_weights,
     partial_by_sum,
+    sums_alone,
+    growing,
+    written_with_equals,
     lower_case,
     by_rules(near=lambda weight, value: weight == value),
     by_rules(near=math.isclose),
@@ -235,7 +269,10 @@ NAMED = [
     (lambda weights, counts, accumulation_steps: by_rules()(weights, counts, accumulation_steps)[0], "name_alone"),
     (by_rules(lambda rules, *window: rules[:5]), "zero_exactly"),
     (by_rules(lambda rules, *window: rules[:2] + rules[3:]), "no_sums"),
-    (partial_by_sum,),
+    (partial_by_sum, "by_sum", ...),
+    (sums_alone, "by_sums"),
+    (growing,),
+    (written_with_equals, "compared_exactly_but_one"),
     (lower_case,),
     (sum_of_weights, "right_by_length"),
     (by_rules(near=lambda weight, value: round(weight, 1) == round(value, 1)),),
