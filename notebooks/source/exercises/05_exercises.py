@@ -301,10 +301,10 @@ check("5.4", is_right)
 # Write `sum_and_count(loss, model, micro_batch)`.
 # It returns the pair that `accumulate` needs of a micro-batch: a sum and a count.
 #
-# - `loss` is the name of one of the five functions, such as `"weighted"`; `model` and `micro_batch` are what it takes.
-# - The sum is a tensor of shape `()` with its graph, and the count a number. All sums over all counts are the loss of the whole batch, and have its gradient.
-# - Micro-batches have unequal numbers of rows, and text is padded to the longest line of each. Some have nothing in `y` that counts.
-# - For one of the losses no sum and no count can do that. For that one, return `None`.
+# - `loss` is the name of one of the five functions, such as `"weighted"`.
+# - `micro_batch` is a pair `(x, y)`, some rows of the batch: `x` of shape `(rows, width)`, or `(rows, length, width)` for text, `y` as the function says. Rows and length differ from one to the next, and in some nothing of `y` counts.
+# - The sum is a tensor of shape `()` with its graph, and the count a number. Added up over the micro-batches, the sums divided by the counts are the loss of the whole batch, with its gradient.
+# - For one of the losses no sum and no count can do that: there, return `None`.
 #
 # **Example.** For the loss `cross_entropy(model(x), y)`, with no padding, the pair is `cross_entropy(model(x), y, reduction="sum")` and `len(y)`.
 
@@ -441,7 +441,7 @@ check("5.5", sum_and_count)
 # difficulty 3/5 | 20 minutes | 5 points
 #
 # `gradaccum.audit` finds in any loop which weight each micro-batch got in an update: the factor of its own mean gradient.
-# With the weights you know the fault of a loop that you have not seen.
+# They show the fault of a loop that you have not seen.
 #
 # Five loops, `accumulation_steps=4`, one window of each:
 #

@@ -275,7 +275,6 @@ NAMED = [
     (written_with_equals, "compared_exactly_but_one"),
     (lower_case,),
     (sum_of_weights, "right_by_length"),
-    (by_rules(near=lambda weight, value: round(weight, 1) == round(value, 1)),),
 ]
 # Mutants of the reference answer that are right too, and why.
 EQUIVALENT = {
