@@ -46,9 +46,14 @@ def about(loss, name):
     def cases(draw):
         drawn = [[draw.randrange(1, 4) for _ in range(rows)] for rows in draw.sample([1, 2, 4], 3)]
         shapes = [[3, 1], [2]], drawn, [[0, 0], [2, 3, 0]]
-        return [{"loss": loss, "counts": counts, "seed": draw.randrange(10**6)} for counts in shapes]
+        seeds = (draw.randrange(10**6) for _ in shapes)
+        return [
+            {"loss": loss, "counts": counts, "rows": [*map(len, counts)], "seed": seed}
+            for counts, seed in zip(shapes, seeds, strict=True)
+        ]
 
-    tried = "`{loss}`; in the rows of each micro-batch so many numbers of y count, if not all do: {counts}"
+    tried = "`{loss}`, micro-batches of {rows} rows"
+    tried += "" if loss == "decayed" else "; in each row so many entries of y count: {counts}"
     return Property(f"`{loss}`: {name}", 1, cases, pieces, whole, tried)
 
 
@@ -64,10 +69,10 @@ QUESTION = Question(
             "each loss with a micro-batch of three rows",
             judge=the_one,
         ),
-        about("weighted", "the pieces give the whole batch's gradient, also where one has no target"),
-        about("masked", "the pieces give the whole batch's gradient, also where nothing of one is known"),
-        about("by_line", "the pieces give the whole batch's gradient, also where a line has no target"),
-        about("decayed", "the pieces give the whole batch's gradient"),
+        about("weighted", "the pieces give the whole batch's loss and gradient, also where one has no target"),
+        about("masked", "the pieces give the whole batch's loss and gradient, also where nothing of one is known"),
+        about("by_line", "the pieces give the whole batch's loss and gradient, also where a line has no target"),
+        about("decayed", "the pieces give the whole batch's loss and gradient"),
     ),
     forbidden=(),
 )

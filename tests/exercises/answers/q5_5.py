@@ -202,4 +202,4 @@ NAMED = [
     (falls_through,),
 ]
 # Mutants of the reference answer that are right too, and why.
-EQUIVALENT = {"21: return None -> return": "both return None"}
+EQUIVALENT = {"23: return None -> return": "both return None"}
