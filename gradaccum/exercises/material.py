@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from gradaccum.accumulation import accumulate
 from gradaccum.data import IGNORED, count_targets, random_tokens
 from gradaccum.exercises.compare import Difference, Plain
 from gradaccum.memory import measure_memory
@@ -324,6 +325,67 @@ def steep_model(seed: int, vocabulary: int = 7) -> nn.Sequential:
 def plain_sgd(model: nn.Module, momentum: float = 0.0) -> torch.optim.SGD:
     """Make an optimizer for a step; with momentum no learning rate makes up for a wrong divisor."""
     return torch.optim.SGD(model.parameters(), lr=1.0, momentum=momentum)
+
+
+LOSSES = "weighted", "masked", "by_line", "decayed", "matched"
+
+
+def three_outputs(seed: int) -> nn.Module:
+    """Make the model of 5.5: it takes the last dimension of 4 to 3, and has weights for 3 classes."""
+    torch.default_generator.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    model.register_buffer("class_weights", torch.tensor([1.5, 2.5, 6.0]))
+    return model.double()
+
+
+def rows_for(loss: str, counts: Sequence[Sequence[int]], seed: int) -> list[Batch]:
+    """Draw micro-batches for a loss of 5.5: in each row so many numbers of y count, where not all of them do.
+
+    Example:
+        >>> [(x.shape, y.shape) for x, y in rows_for("by_line", [[3, 1], [2]], seed=0)]
+        [(torch.Size([2, 5, 4]), torch.Size([2, 5])), (torch.Size([1, 4, 4]), torch.Size([1, 4]))]
+    """
+    draw, window = torch.Generator().manual_seed(seed), []
+    options: dict[str, Any] = {"generator": draw, "dtype": torch.float64}
+    for rows, (_, y) in zip(counts, padded_text(counts, seed, vocabulary=3), strict=True):
+        if loss not in ("weighted", "by_line"):
+            y = torch.randn(len(rows), 3, **options)
+        if loss == "masked":
+            known = torch.arange(3) < torch.tensor(rows)[:, None]
+            y = torch.where(known, (y > 0).double(), -1.0)
+        shape = y.shape if y.dtype == torch.int64 else y.shape[:1]
+        window.append((torch.randn(*shape, 4, **options), y))
+    return window
+
+
+def accumulated(answer: Callable[..., Any], loss: str, model: nn.Module, window: Sequence[Batch]) -> dict[str, Any]:
+    """Return what `accumulate` makes of the pairs (sum, count) that an answer gives for the micro-batches of a loss."""
+    pairs = []
+    for micro_batch in window:
+        try:
+            found = answer(loss, model, micro_batch)
+        except NotImplementedError:  # one loss after the other, perhaps
+            raise TypeError(f"{loss!r} is not written yet.") from None
+        if not isinstance(found, tuple | list) or len(found) != 2:
+            raise TypeError(f"A pair is asked for, and for {loss!r} came {'None' if found is None else 'no pair'}.")
+        pairs.append(found)
+    done = accumulate(model, range(len(pairs)), lambda index: pairs[index][0], lambda index: pairs[index][1])
+    return {"gradient": gradient(model), "loss": returned_mean(done.loss)}
+
+
+def kinds_of(answer: Callable[..., Any], model: nn.Module, windows: dict[str, Sequence[Batch]]) -> dict[str, str]:
+    """Say for each loss whether an answer gives None, something, or an error; raise where none of them is written."""
+    found, stubs = dict[str, str](), 0
+    for loss, window in windows.items():
+        try:
+            found[loss] = "None" if answer(loss, model, window[0]) is None else "something"
+        except NotImplementedError:
+            stubs, found[loss] = stubs + 1, "not written"
+            if stubs == len(windows):
+                raise
+        except Exception:  # its own property says which
+            found[loss] = "an error"
+    return found
 
 
 # lesson 6

@@ -26,7 +26,7 @@ def expectations(notebook):
     """Run a solved notebook's try cells; yield the cell's id, what it expects, what came, and all printed above."""
     names = {}
     for cell in notebook.cells:
-        if cell.id.partition("-")[0] in ("setup", "answer"):
+        if cell.id.partition("-")[0] in ("setup", "losses", "answer"):
             exec(cell.source, names)
         if cell.id.startswith("try-"):
             rows, lines, done = cell.source.splitlines(), [], 0
@@ -170,6 +170,19 @@ def example_5_3(solved, given):
         with redirect_stdout(io.StringIO()) as printed:
             exec(names["TRY"], names)
         yield said.format(printed.getvalue().splitlines()[-1])
+
+
+def example_5_5(solved, given):
+    model, batch = nn.Linear(2, 3), (torch.randn(5, 2), torch.tensor([0, 2, 1, 1, 0]))
+    total, count = 'cross_entropy(model(x), y, reduction="sum")', "len(y)"
+
+    def value(code):
+        return lambda batch: eval(code, {**solved, "model": model, "x": batch[0], "y": batch[1]})
+
+    pieces = [tuple(each[rows] for each in batch) for rows in (slice(1), slice(1, 5))]
+    mean = "cross_entropy(model(x), y)"
+    assert solved["check_split"](model, batch, value(mean), pieces, value(total), value(count))
+    yield f"For the loss `{mean}`, with no padding, the pair is `{total}` and `{count}`."
 
 
 def example_6_2(solved, given):

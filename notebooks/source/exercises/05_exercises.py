@@ -1,7 +1,7 @@
 # %% promise [markdown]
 # # Exercises 5. Unequal micro-batches
 #
-# You weight means, write the step that is right for text of any lengths, repair a fix that lost the point, and write the test that notices a mean of means.
+# You weight means, write the step that is right for text of any lengths, repair a fix that lost the point, write the test that notices a mean of means, cut five losses, and read the weights of loops that you do not see.
 #
 # {{totals}}; [lesson 5](../05_unequal_micro_batches.ipynb) has all that they need.
 # Fill in a cell that ends in `raise NotImplementedError`, or repair the code that is there, run it, and run its check.
@@ -11,9 +11,10 @@
 import copy
 
 import torch
+import torch.nn.functional as F
 from torch.nn.functional import cross_entropy
 
-from gradaccum import data, exercises, memory, models, relative_error
+from gradaccum import check_split, data, exercises, memory, models, relative_error
 from gradaccum.exercises import attempt, check
 
 # %% exercise-5-1 [markdown]
@@ -286,6 +287,261 @@ check("5.4", is_right)
 # <details><summary>Help: my test rejects a right step</summary>
 #
 # Compare with a tolerance, not with `==`, and with one batch of all rows.
+#
+# </details>
+
+# %% exercise-5-5 [markdown]
+# ## Exercise 5.5 Which sum, which count
+#
+# difficulty 4/5 | 25 minutes | 5 points
+#
+# To accumulate a loss of your own, you say what it sums and what it counts; nothing raises if you are wrong.
+#
+# The next cell has five losses as people write them, each the mean loss of a whole batch.
+# Write `sum_and_count(loss, model, micro_batch)`.
+# It returns the pair that `accumulate` needs of a micro-batch: a sum and a count.
+#
+# - `loss` is the name of one of the five functions, such as `"weighted"`.
+# - `micro_batch` is a pair `(x, y)`, some rows of the batch: `x` of shape `(rows, width)`, or `(rows, length, width)` for text, `y` as the function says. Rows and length differ from one to the next, and in some nothing of `y` counts.
+# - The sum is a tensor of shape `()` with its graph, and the count a number. Added up over the micro-batches, the sums divided by the counts are the loss of the whole batch, with its gradient.
+# - For one of the losses no sum and no count can do that: there, return `None`.
+#
+# **Example.** For the loss `cross_entropy(model(x), y)`, with no padding, the pair is `cross_entropy(model(x), y, reduction="sum")` and `len(y)`.
+
+
+# %% losses-5-5
+def weighted(model, batch):
+    """Some classes matter more. y: (rows, length), and -100 is padding."""
+    x, y = batch
+    logits = model(x).flatten(0, 1)
+    return cross_entropy(logits, y.flatten(), weight=model.class_weights)
+
+
+def masked(model, batch):
+    """Several labels for each row. y: (rows, labels), and -1 is unknown."""
+    x, y = batch
+    known = (y >= 0).to(x.dtype)
+    return F.binary_cross_entropy_with_logits(model(x), y.clamp(min=0), weight=known)
+
+
+def by_line(model, batch):
+    """Each line counts alike. y: (rows, length), and -100 is padding."""
+    x, y = batch
+    losses = cross_entropy(model(x).transpose(1, 2), y, reduction="none")
+    targets = (y != data.IGNORED).sum(dim=1).clamp(min=1)
+    return (losses.sum(dim=1) / targets).mean()
+
+
+def decayed(model, batch):
+    """Squared error, and a penalty on large weights. y: (rows, outputs)."""
+    x, y = batch
+    squares = sum(p.square().sum() for p in model.parameters())
+    return F.mse_loss(model(x), y) + 0.1 * squares
+
+
+def matched(model, batch):
+    """Each row of x looks for its own y in the batch. y: (rows, width)."""
+    x, y = batch
+    return cross_entropy(model(x) @ y.T, torch.arange(len(x)))
+
+
+# %% answer-5-5
+def sum_and_count(loss, model, micro_batch):
+    """Return what a micro-batch adds to the sum and to the count, or None."""
+    ### BEGIN SOLUTION
+    x, y = micro_batch
+    if loss == "weighted":
+        logits, weights = model(x).flatten(0, 1), model.class_weights
+        targets = y[y != data.IGNORED]
+        total = cross_entropy(logits, y.flatten(), weight=weights, reduction="sum")
+        return total, weights[targets].sum()
+    if loss == "masked":
+        losses = F.binary_cross_entropy_with_logits(
+            model(x), y.clamp(min=0), reduction="none"
+        )
+        return losses[y >= 0].sum(), y.numel()
+    if loss == "by_line":
+        losses = cross_entropy(model(x).transpose(1, 2), y, reduction="none")
+        targets = (y != data.IGNORED).sum(dim=1).clamp(min=1)
+        return (losses.sum(dim=1) / targets).sum(), len(y)
+    if loss == "decayed":
+        squares = sum(p.square().sum() for p in model.parameters())
+        total = F.mse_loss(model(x), y, reduction="sum")
+        return total + y.numel() * 0.1 * squares, y.numel()
+    return None
+    ### END SOLUTION
+
+
+# %% try-5-5
+torch.manual_seed(0)
+model = torch.nn.Linear(4, 3)
+model.register_buffer("class_weights", torch.tensor([1.0, 2.0, 5.0]))
+lines = torch.tensor([[2, 0, 1, -100], [1, -100, -100, -100], [0, 1, 2, 0]])
+labels = torch.tensor([[1.0, 0.0, -1.0], [1.0, -1.0, -1.0], [0.0, 0.0, 1.0]])
+text, rows = (torch.randn(3, 4, 4), lines), (torch.randn(3, 4), labels)
+
+
+def cut(loss, batch):
+    """True, or what is wrong with the pairs of two micro-batches."""
+    name, pieces = loss.__name__, [[t[:2] for t in batch], [t[2:] for t in batch]]
+    if sum_and_count(name, model, pieces[0]) is None:
+        return f"{name}: None"
+    split = check_split(
+        model,
+        batch,
+        lambda batch: loss(model, batch),
+        pieces,
+        lambda piece: sum_and_count(name, model, piece)[0],
+        lambda piece: sum_and_count(name, model, piece)[1],
+    )
+    return split.ok or f"{name}: {split}"
+
+
+attempt(cut, weighted, text)  # expected: True
+for loss, batch in [(masked, rows), (by_line, text), (decayed, rows), (matched, rows)]:
+    attempt(cut, loss, batch)
+
+# %% check-5-5
+check("5.5", sum_and_count)
+
+# %% hints-5-5 [markdown]
+# <details><summary>Where to look</summary>
+#
+# "Your loss: what to sum, what to count?" in lesson 5: its table has relatives of some of the five.
+#
+# </details>
+# <details><summary>How do I find out what a mean divides by?</summary>
+#
+# Take a small batch: its sum, with `reduction="sum"`, over its mean is the divisor.
+# Of what in this batch is it the number, or the sum?
+#
+# </details>
+# <details><summary>Help: "index -100 is out of bounds"</summary>
+#
+# Padding has no class, so it has no weight either.
+# Leave it out before you look the weights up.
+#
+# </details>
+# <details><summary>Help: my loss is nan</summary>
+#
+# The mean over no target is nan, and nan times 0 is nan.
+# What is the sum over no target?
+#
+# </details>
+# <details><summary>Help: a term that is no sum over items</summary>
+#
+# It is in the loss once, after the division.
+# What has to be in the sum, so that this comes out, however the batch is cut?
+#
+# </details>
+
+# %% exercise-5-6 [markdown]
+# ## Exercise 5.6 Read the weights
+#
+# difficulty 3/5 | 20 minutes | 5 points
+#
+# `gradaccum.audit` finds in any loop which weight each micro-batch got in an update: the factor of its own mean gradient.
+# They show the fault of a loop that you have not seen.
+#
+# Five loops, `accumulation_steps=4`, one window of each:
+#
+# | loop | counts | weights |
+# |---|---|---|
+# | 1 | 2, 6, 1, 3 | 0.25, 0.25, 0.25, 0.25 |
+# | 2 | 2, 6, 1, 3 | 0.045, 0.136, 0.057, 0.171 |
+# | 3 | 2, 6, 1, 3 | 1, 1, 1, 1 |
+# | 4 | 2, 6, 1, 3 | 0, 0, 0, 0.25 |
+# | 5 | 3, 3 | 0.25, 0.25 |
+#
+# Write `read(weights, counts, accumulation_steps)`.
+# It returns a pair: the name of the fault, and the letter of the line that makes the loop right in every window, whatever the counts.
+#
+# - `weights` is a list of floats. They are measured: what should be equal differs by less than 1e-5, and all else by 0.01 or more.
+# - `counts` is a list of ints, how many items each micro-batch has. Some may be 0, but not all.
+# - The window has `accumulation_steps` micro-batches, or fewer at the end of an epoch.
+# - The loop has one of these faults, or none.
+#
+# | name | what the loop does |
+# |---|---|
+# | `"right"` | nothing wrong, and nothing had to be clipped |
+# | `"not divided"` | adds the mean losses, or the summed losses, as they are |
+# | `"each mean over k"` | divides each mean by the number of micro-batches in its window |
+# | `"a partial window over k"` | divides each mean by `accumulation_steps`, in a window with fewer |
+# | `"only the last micro-batch"` | clears the gradients before each `backward()` |
+# | `"clipped or divided inside"` | clips the gradients after each `backward()` |
+#
+# | line | |
+# |---|---|
+# | A | `loss = loss_sum / count`, the count of the whole window |
+# | B | `loss = mean_loss / accumulation_steps` |
+# | C | `loss = mean_loss / len(window)` |
+# | D | `optimizer.zero_grad()` once, after `optimizer.step()` |
+# | E | `clip_grad_norm_(...)` once, before `optimizer.step()` |
+# | F | none |
+#
+# **Example.** `read([0.25, 0.75], [1, 3], 2)` is `("right", "F")`.
+
+
+# %% answer-5-6
+def read(weights, counts, accumulation_steps):
+    """Return the name of a loop's fault, and the letter of the line that mends it."""
+    ### BEGIN SOLUTION
+    total, many = sum(counts), len(counts)
+
+    def near(values):
+        return all(abs(w - v) < 1e-3 for w, v in zip(weights, values, strict=True))
+
+    if near([count / total for count in counts]):
+        return "right", "F"
+    if near([1] * many) or near(counts):
+        return "not divided", "A"
+    if near([1 / many] * many):
+        return "each mean over k", "A"
+    if near([1 / accumulation_steps] * many):
+        return "a partial window over k", "A"
+    if near([0] * (many - 1) + [counts[-1] / total]):
+        return "only the last micro-batch", "D"
+    return "clipped or divided inside", "E"
+    ### END SOLUTION
+
+
+# %% try-5-6
+attempt(read, [0.25, 0.75], [1, 3], 2)  # expected: ('right', 'F')
+loops = [
+    ([0.25, 0.25, 0.25, 0.25], [2, 6, 1, 3]),
+    ([0.045, 0.136, 0.057, 0.171], [2, 6, 1, 3]),
+    ([1, 1, 1, 1], [2, 6, 1, 3]),
+    ([0, 0, 0, 0.25], [2, 6, 1, 3]),
+    ([0.25, 0.25], [3, 3]),
+]
+for weights, counts in loops:
+    attempt(read, weights, counts, 4)
+
+# %% check-5-6
+check("5.6", read)
+
+# %% hints-5-6 [markdown]
+# <details><summary>Where to look</summary>
+#
+# Your answer to 5.1: it is the weights of a right window.
+# And "Which libraries do what" in lesson 5 shows weights beside the right ones.
+#
+# </details>
+# <details><summary>The relation in words</summary>
+#
+# Write down for each row of the table of names which weights it gives, for counts of 2, 6, 1 and 3.
+# A sum is a mean times its count.
+#
+# </details>
+# <details><summary>Help: every window gets the same name</summary>
+#
+# `0.1 + 0.2 == 0.3` is `False`, and measured numbers are further off than that.
+#
+# </details>
+# <details><summary>Help: a right window gets the name of a fault</summary>
+#
+# Two rules may fit the same weights: with equal counts, with one micro-batch, with counts of 0.
+# Which of the two do you ask first?
 #
 # </details>
 
