@@ -148,9 +148,6 @@ assert right < 1e-5
 # %% how-recap-run tags=["hidden"]
 widgets.recap()
 
-# %% next [markdown]
-# **Next**: [lesson 1](01_naive_loop.ipynb).
-
 # %% kept [markdown] tags=["folded"]
 # ## What is kept, and how to come back
 
@@ -199,3 +196,8 @@ except ImportError:
 else:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     print(f"accelerator: {accelerator or 'none'}; the lessons do not need one")
+
+# %% next [markdown]
+# ## Go on
+#
+# **Next**: [lesson 1](01_naive_loop.ipynb).
