@@ -102,9 +102,10 @@ def _bars(weights: Weights) -> str:
             top, high = zero - unit * max(weight, 0.0), unit * abs(weight)
             bars.append(f'<rect x="{24 * place + 8}" y="{top:.1f}" width="16" height="{high:.1f}" {look}/>')
     line = f'<line x1="2" x2="{wide}" y1="{zero:.1f}" y2="{zero:.1f}" stroke="currentColor"/>'
-    name = "The weights as bars, and the right ones as dashed outlines."
+    name = "The weights as bars, the right ones as dashed outlines."
     size = f'width="{wide + 2}" height="{HEIGHT + 4:g}"'
-    return f"<svg role='img' aria-label='{name}' {size} style='display:block;margin:4px 0'>{''.join(bars)}{line}</svg>"
+    svg = f"<svg role='img' aria-label='{name}' {size} style='vertical-align:middle'>{''.join(bars)}{line}</svg>"
+    return f"<div style='margin:4px 0'>{svg} <small>bars: got; dashed: should have</small></div>"
 
 
 def _badge(text: str, colour: str) -> str:

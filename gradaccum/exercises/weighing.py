@@ -144,9 +144,9 @@ def weigh(gradients: Iterable[Gradient]) -> Weights | None:
 
 def _solved(held: Numbers, columns: Sequence[Numbers]) -> tuple[Numbers, float] | None:
     """Return the weights, none where they cannot be told apart, and the share that is no weighted sum."""
-    matrix, vector = torch.tensor(columns, dtype=torch.float64).T, torch.tensor(held, dtype=torch.float64)
-    if matrix.shape[0] != len(held) or matrix.shape[0] <= matrix.shape[1]:
+    if not columns or len(held) != len(columns[0]) or len(held) <= len(columns):
         return None
+    matrix, vector = torch.tensor(columns, dtype=torch.float64).T, torch.tensor(held, dtype=torch.float64)
     lengths, size = matrix.norm(dim=0), vector.norm().item()
     if not lengths.isfinite().all() or not lengths.all():
         return None

@@ -33,18 +33,17 @@ def moved_by_sums(case):
 
 
 def parts(case, got):
-    """Of one window: with more, the weights of the model have changed in between, and it depends on the answer how."""
-    model, _, windows = material.run_of_windows(case)
-    if len(windows) == 1:
-        held = scaled(-1 / case["learning_rate"], got["weights moved by"])
-        means = own_gradients(model, dict(enumerate(windows[0], start=1)))
-        yield Gradient(held, means, dict.fromkeys(means, 1.0), counts={}, name="In the whole update")
+    """Read the gradient of a single window from the weights; with more, these have changed in between."""
+    model, _, [window] = material.run_of_windows(case)
+    held = scaled(-1 / case["learning_rate"], got["weights moved by"])
+    means = own_gradients(model, dict(enumerate(window, start=1)))
+    yield Gradient(held, means, dict.fromkeys(means, 1.0), counts={}, name="In the whole update")
 
 
 def moves(name, points, probe, tried, *shapes):
-    again = ", then all but the last once more" if "{windows}" in tried else ""
-    tried = f"{tried} of size {{size}}{again}"
-    return Property(name, points, shaped(*shapes), probe, moved_by_sums, tried, parts=parts)
+    several = "{windows}" in tried
+    tried = f"{tried} of size {{size}}{', then all but the last once more' if several else ''}"
+    return Property(name, points, shaped(*shapes), probe, moved_by_sums, tried, parts=None if several else parts)
 
 
 ONE_WINDOW = "one window makes one update, by the sum of its gradients"
