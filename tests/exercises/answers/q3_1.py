@@ -160,6 +160,11 @@ def clips_at_each(model, micro_batches):
         nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
 
 
+def steps_too(model, micro_batches):
+    sums_backwards_and_clears_first(model, micro_batches)
+    torch.optim.SGD(model.parameters(), lr=0.01).step()
+
+
 def first_parameter_not_divided(model, micro_batches):
     sums_backwards_and_clears_first(model, micro_batches)
     next(model.parameters()).grad *= len(micro_batches)
@@ -206,4 +211,5 @@ WEIGHED = [
     (first_parameter_not_divided, "", "of this gradient is no weighted sum"),
     (spoils_its_data, "", "In a second call: "),
     (does_nothing, "", ""),
+    (steps_too, "", ""),
 ]
