@@ -251,7 +251,7 @@ WEIGHED = [
     (on_windows(fill_undivided), "s 1 each and should have 1/3 each", "In update 1: Each micro-batch got the weight 1"),
     (on_windows(backward_from_the_total), "s 3, 2, 1 and should have 1/3 each", ""),
     (by_number(rest_by_one_more), " 1/2 and should have 1.", ""),
-    (by_number(lambda step, k, last: k if step < k else 1), "s 1 each and", "In update 2: Each micro-batch got the "),
+    (by_number(lambda step, k, last: k if step < k else 1), "s 1 each and should have 1/3 each", ""),
     (on_windows(fill, with_the_last_of_before), "s 1/4 each and should have 0, 1/3, 1/3, 1/3.", ""),
     (on_windows(lambda model, window: fill(model, [*window, window[-1]])), "s 1/4, 1/4, 1/2 and should", ""),
     (smaller_learning_rate, "s 1 each and should", ""),
