@@ -357,6 +357,19 @@ def test_a_card_has_names_for_a_screen_reader(shown):
         assert {part["scope"] for part in parts if part["tag"] == "th"} == ({"row", "col"} if points else set())
 
 
+def test_the_weights_can_be_seen_in_every_theme():
+    page = check("5.1", lambda counts: [1 / len(counts)] * len(counts))._repr_html_()
+    assert unreadable_card(page) == []
+    elements = Page(page).elements
+    assert all(each["role"] == "img" and each["aria-label"] for each in elements if each["tag"] == "svg")
+    fills = {each["fill"] for each in elements if each["tag"] == "rect"} - {"none"}
+    assert fills == {cards.GREY}
+    assert all(contrast(cards.GREY, ground) >= DRAWN for ground in grounds())
+    # What has no fill is drawn in the theme's own colour.
+    lines = [each for each in elements if each["tag"] in ("rect", "line") and each.get("fill", "none") == "none"]
+    assert {each["stroke"] for each in lines} == {"currentColor"}
+
+
 def test_a_faint_card_is_noticed():
     badge = "<i style='background:#E69F00;color:#fff'>on it</i><b style='color:#999'>grey</b>"
     on_it, grey, *borders = unreadable_card(f"<div style='border:1px solid #ffd700'>{badge}</div>")

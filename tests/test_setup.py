@@ -566,7 +566,9 @@ def lab(folder, log, seconds, end):
     text = log.read_text("utf-8")
     assert "Traceback" not in text
     after = text.partition("Ctrl-C stops it.")[2]
-    assert not re.search(r"\[[IWE] |Warning", after), f"the address is to be seen at once, and not among others: {after}"
+    assert not re.search(r"\[[IWE] |Warning", after), (
+        f"the address is to be seen at once, and not among others: {after}"
+    )
 
 
 @posix

@@ -6,14 +6,15 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from gradaccum.exercises.compare import Difference
 from gradaccum.exercises.judge import Outcome, Result
 from gradaccum.exercises.progress import Kept
 from gradaccum.exercises.question import Question
+from gradaccum.exercises.weighing import Weights
 
 # White on each is 4.5:1 or more, for the badges; each is 3:1 or more on the page of a light and of a dark theme (#fff,
 # #111, #212121), for the border. All other text takes the theme's own colour.
 GREEN, RED, GREY = "#1a7f37", "#c8322b", "#69717a"
+HEIGHT = 40.0  # of the bars
 
 
 class Score(float):
@@ -46,6 +47,7 @@ class Score(float):
             lines += [f"  {_verdict(result)[0]:10} {result.name} ({_worth(result)})"]
             lines += [f"             {line}" for line in _details(result)]
         lines += [f"This looks like: {outcome.mistake}"] if outcome.mistake else []
+        lines += [f"What the gradient shows: {outcome.said}"] if outcome.said else []
         lines += [self.so_far] if self.so_far else []
         return "\n".join(lines)
 
@@ -70,17 +72,45 @@ def _verdict(result: Result) -> tuple[str, str]:
 
 
 def _details(result: Result) -> list[str]:
+    return [*_relation(result), *_tried(result), *_vectors(result)]
+
+
+def _relation(result: Result) -> list[str]:
+    """Say in a sentence each how what came out relates to what was expected, and which weights are in it."""
+    relation = result.difference.relation if result.difference else ""
+    if relation.startswith("exactly"):
+        relation += " as it should be"
+    lines = [f"{relation[0].upper()}{relation[1:]}."] if relation else []
+    return [*lines, str(result.weights)] if result.weights else lines
+
+
+def _tried(result: Result) -> list[str]:
     lines = [f"Tried: {result.tried}."] if result.passed is False else []
-    if result.problem:
-        lines.append(result.problem)
-    if difference := result.difference:
-        lines += _told(difference)
-    return lines
+    return [*lines, result.problem] if result.problem else lines
 
 
-def _told(difference: Difference) -> list[str]:
-    relation = f": {difference.relation}" if difference.relation else ""
-    return [f"Expected: {difference.expected}", f"Got: {difference.got}{relation}"]
+def _vectors(result: Result) -> list[str]:
+    difference = result.difference
+    return [f"Expected: {difference.expected}", f"Got: {difference.got}"] if difference else []
+
+
+def _bars(weights: Weights) -> str:
+    """Draw the weights as bars, the right ones as outlines; the numbers are in the sentence beside it."""
+    highest, lowest = (pick(0.0, *weights.got, *weights.right) for pick in (max, min))
+    unit, wide = HEIGHT / (highest - lowest), 24 * len(weights.got) + 8
+    zero, bars = 2 + unit * highest, []
+    for place, (got, right) in enumerate(zip(weights.got, weights.right, strict=True)):
+        for weight, look in (
+            (got, f'fill="{GREY}"'),
+            (right, 'fill="none" stroke="currentColor" stroke-dasharray="3 2"'),
+        ):
+            top, high = zero - unit * max(weight, 0.0), unit * abs(weight)
+            bars.append(f'<rect x="{24 * place + 8}" y="{top:.1f}" width="16" height="{high:.1f}" {look}/>')
+    line = f'<line x1="2" x2="{wide}" y1="{zero:.1f}" y2="{zero:.1f}" stroke="currentColor"/>'
+    name = "The weights as bars, the right ones as dashed outlines."
+    size = f'width="{wide + 2}" height="{HEIGHT + 4:g}"'
+    svg = f"<svg role='img' aria-label='{name}' {size} style='vertical-align:middle'>{''.join(bars)}{line}</svg>"
+    return f"<div style='margin:4px 0'>{svg} <small>bars: got; dashed: should have</small></div>"
 
 
 def _badge(text: str, colour: str) -> str:
@@ -96,12 +126,23 @@ def _escaped(text: str) -> str:
     return "".join(f"<code>{part}</code>" if index % 2 else part for index, part in enumerate(parts))
 
 
+def _lines(lines: Sequence[str]) -> str:
+    return "".join(f"<div style='margin:2px 0'>{_escaped(line)}</div>" for line in lines)
+
+
 def _card(outcome: Outcome, so_far: str = "") -> str:
     text = _escaped
     full = outcome.points == outcome.question.points
     rows = []
     for result in outcome.results:
-        details = "".join(f"<div style='margin:2px 0'>{text(line)}</div>" for line in _details(result))
+        details = _lines(_relation(result))
+        details += _bars(result.weights) if result.weights else ""
+        details += _lines(_tried(result))
+        vectors = _vectors(result)
+        if result.weights or (_relation(result) and any("..." in each for each in vectors)):
+            details += f"<details><summary>The numbers</summary>{_lines(vectors)}</details>"
+        else:
+            details += _lines(vectors)
         worth = f"<i style='white-space:nowrap'>({_worth(result)})</i>"
         body = f"{text(result.name[:1].upper() + result.name[1:])} {worth}{details}"
         rows.append(f"<li style='list-style:none;margin:6px 0'>{_badge(*_verdict(result))} {body}</li>")
@@ -111,6 +152,8 @@ def _card(outcome: Outcome, so_far: str = "") -> str:
     parts.append(f"<ul style='padding-left:0;margin:6px 0'>{''.join(rows)}</ul>")
     if outcome.mistake:
         parts.append(f"<p><b>This looks like:</b> {text(outcome.mistake)}</p>")
+    if outcome.said:
+        parts.append(f"<p><b>What the gradient shows:</b> {text(outcome.said)}</p>")
     if outcome.printed.strip():
         shown = f"<pre style='white-space:pre-wrap'>{html.escape(outcome.printed)}</pre>"
         parts.append(f"<details><summary>What your code printed</summary>{shown}</details>")

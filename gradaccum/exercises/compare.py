@@ -13,6 +13,9 @@ TOLERANCE = 1e-6
 1e-15; but one that makes its weights in float32 is 6e-8 off and right. The wrong ones are 1e-3 off or more."""
 
 
+LARGE = 10**300  # an int beyond this is no float, and is not shown
+
+
 class Difference(NamedTuple):
     """How what came out differs from what was expected, in words: both values, and how they relate if that is known."""
 
@@ -75,7 +78,7 @@ def _relation(got: Sequence[float], expected: Sequence[float]) -> str:
 
 
 def _is_number(value: Plain) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGE)
 
 
 def _is_vector(value: Plain, any_number: bool = False) -> bool:
@@ -88,7 +91,7 @@ def short(value: Plain) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
+        return f"{value:,}" if abs(value) < LARGE else "an int with more than 300 digits"
     if isinstance(value, dict):
         return ", ".join(f"{key} {short(item)}" for key, item in value.items())
     if isinstance(value, list):

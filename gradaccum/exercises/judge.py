@@ -9,6 +9,7 @@ from typing import NamedTuple
 from gradaccum.exercises.compare import Difference, Plain, agree, short
 from gradaccum.exercises.question import Answer, Case, Mistake, Property, Question
 from gradaccum.exercises.run import Observed, Seen, observe, quietly, watch
+from gradaccum.exercises.weighing import Weights, weigh
 
 LEFT = "what it is given is left as it was"
 UNKNOWN = "And there is one more fault, which has no name here."
@@ -23,6 +24,7 @@ class Result(NamedTuple):
     tried: str = ""
     difference: Difference | None = None
     problem: str = ""
+    weights: Weights | None = None  # of the case that was tried
 
 
 @dataclass
@@ -34,6 +36,7 @@ class Outcome:
     results: list[Result]
     note: str = ""  # what rules out points altogether: not written, not changed ...
     mistake: str = ""  # what this looks like
+    said: str = ""  # what the gradient shows, where no mistake is recognized
     printed: str = ""
     recognized: Mistake | None = None
 
@@ -78,7 +81,30 @@ def _judged_whole(question: Question, observed: Observed, seed: int | str) -> Ou
     passed = [verdict.passed for verdict in verdicts]
     if False in passed:
         outcome.recognized, outcome.mistake = _recognized(question, seen, passed, seed)
+        _weigh(outcome, seen, seed)
     return outcome
+
+
+def _weigh(outcome: Outcome, seen: list[list[Seen]], seed: int | str) -> None:
+    """Add the weights in what failed, and what they say where no mistake is recognized."""
+    question, everything = outcome.question, list[Weights | None]()
+    for index, (each, cases) in enumerate(zip(question.properties, question.cases(seed), strict=True)):
+        if each.parts is None or outcome.results[index].difference is None:
+            continue
+        wanted = _expected(question, index, seed)
+        wrong = [
+            (case, one.value)
+            for case, one, right in zip(cases, seen[index], wanted, strict=False)
+            if not one.problem and each.judge(one.value, right)
+        ]
+        found = [weigh(each.parts(*one)) for one in (wrong[:1] if outcome.mistake else wrong)]
+        if found[0] and found[0].got:
+            outcome.results[index] = outcome.results[index]._replace(weights=found[0])
+        everything += found
+    # What is so in one case and not in another is a coincidence.
+    kinds = {each and each.kind for each in everything}
+    if len(kinds) == 1 and (first := everything[0]) and first.sentence and not outcome.mistake:
+        outcome.said = f"{first.name}: {first.sentence}" if first.name else first.sentence
 
 
 def _judged(each: Property, cases: list[Case], seen: list[Seen], expected: list[Plain]) -> Result:

@@ -191,15 +191,18 @@ def stream(values: Sequence[Any], source: str) -> Iterable[Any]:
 
 
 def trained(case: dict[str, Any], train: Callable[..., object]) -> dict[str, Any]:
-    """Return how often train(model, optimizer, micro_batches, k) updates, and how far it takes the weights."""
-    model, updates = classifier(case["seed"]), list[int]()
+    """Return how often train(model, optimizer, micro_batches, k) updates, how far it takes the weights, and the path.
+
+    That is, for each update, what it finds in .grad, and the weights that it leaves.
+    """
+    model, path = classifier(case["seed"]), list[list[list[float]]]()
     # With momentum, no other learning rate makes up for a window's divisor.
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.5)
-    optimizer.register_step_post_hook(lambda *_: updates.append(1))
+    optimizer.register_step_post_hook(lambda *_: path.append([gradient(model), weights(model)]))
     start = weights(model)
     train(model, optimizer, samples([case["size"]] * case["number"], case["seed"]), case["k"])
     moved = [after - before for after, before in zip(weights(model), start, strict=True)]
-    return {"updates": len(updates), "change of the weights": moved}
+    return {"updates": len(path), "change of the weights": moved, "each update": path}
 
 
 def used(number: int, train: Callable[..., object]) -> list[list[int]]:
@@ -217,26 +220,37 @@ def used(number: int, train: Callable[..., object]) -> list[list[int]]:
     return updates
 
 
+def linear_model_and_windows(case: dict[str, Any]) -> tuple[nn.Module, list[list[Batch]]]:
+    """Make a case's model, in which nothing saturates, so that large inputs have long gradients, and its windows."""
+    torch.default_generator.manual_seed(case["seed"])
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3)).double()
+    windows = [samples([case["size"]] * length, case["seed"] + i) for i, length in enumerate(case["windows"])]
+    for factor, window in zip(case["inputs times"], windows, strict=True):
+        window[:] = [(factor * inputs, targets) for inputs, targets in window]
+    return model, windows
+
+
+def shrink(model: nn.Module) -> None:
+    """Change all weights a little."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.9)
+
+
 def epoch_of_windows(case: dict[str, Any], answer: Callable[..., Any]) -> dict[str, Any]:
     """Return what each step gets in an epoch of answer(model, optimizer, schedule, windows, max_norm), and its result.
 
     The weights change a little after each step, whatever the step did: a loss that is taken before or after its time is
     another one, and at a rate of 0 a wrong gradient spoils nothing but itself.
     """
-    torch.default_generator.manual_seed(case["seed"])
-    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3)).double()  # nothing saturates: large inputs, long gradients
-    windows = [samples([case["size"]] * length, case["seed"] + i) for i, length in enumerate(case["windows"])]
-    for factor, window in zip(case["inputs times"], windows, strict=True):
-        window[:] = [(factor * inputs, targets) for inputs, targets in window]
+    model, windows = linear_model_and_windows(case)
     optimizer = torch.optim.SGD(model.parameters(), lr=case["lr"])
     gradients, rates = dict[str, list[float]](), list[float]()
 
     def note(*_: object) -> None:  # after the step and not before it: a closure makes the gradients in the step
         gradients[f"at update {len(rates) + 1} the gradient"] = gradient(model)
         rates.append(optimizer.param_groups[0]["lr"])
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.mul_(0.9)
+        shrink(model)
 
     optimizer.register_step_post_hook(note)
     found = scheduled(answer, model, optimizer, windows, case["max_norm"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from gradaccum import full_batch_gradient
 from gradaccum.accumulation import accumulate, windows
 from gradaccum.exercises.compare import Difference, Plain, agree
+from gradaccum.exercises.weighing import Gradient
 from gradaccum.memory import plan_micro_batches, predict_memory
 
 Case = dict[str, Plain]
@@ -78,6 +79,8 @@ class Property:
         judge: compares the two; None where they agree.
         after: the name of another property; this one counts only where that one holds too.
         by_value: whether a mistake is recognized by what comes out here, or already by failing here (bytes).
+        parts: from one case and what the probe gave, the gradients in it and what each should be made of, in order:
+            where one of them is wrong, the card shows the weights that its micro-batches got.
     """
 
     name: str
@@ -89,6 +92,7 @@ class Property:
     judge: Callable[[Plain, Plain], Difference | None] = agree
     after: str = ""
     by_value: bool = True
+    parts: Callable[[Case, Plain], Iterable[Gradient]] | None = None
 
 
 @dataclass(frozen=True)

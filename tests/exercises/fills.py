@@ -261,3 +261,81 @@ NAMED = [
     (pads_and_returns_nothing, "padding_counted", "nothing_returned"),
     (ignored_become_zeros, "ignored_overwritten"),
 ]
+
+
+def by_losses(losses):
+    """Make a fill of what gives each micro-batch's loss, of the model, the micro-batch and the window."""
+
+    def fill(model, micro_batches):
+        total = 0.0
+        for micro_batch in micro_batches:
+            loss = losses(model, micro_batch, micro_batches)
+            loss.backward()
+            total += loss.item()
+        return total
+
+    return fill
+
+
+def shifted_sum(model, micro_batch, reduction="sum"):
+    logits = model(micro_batch[0])[:, :-1]
+    return cross_entropy(logits.flatten(0, 1), micro_batch[1][:, 1:].flatten(), reduction=reduction)
+
+
+def mean_of(model, micro_batch):
+    return loss_sum(model, micro_batch) / max(count_of([micro_batch]), 1)
+
+
+def above(*micro_batches):
+    return sum((targets > 0).sum() for _, targets in micro_batches)
+
+
+def retains_the_undivided_sum(model, micro_batches):
+    total = 0.0
+    for micro_batch in micro_batches:
+        total = total + loss_sum(model, micro_batch)
+        total.backward(retain_graph=True)
+    return total.item()
+
+
+SHIFTED = [
+    (by_losses(lambda model, each, window: shifted_sum(model, each) / count_of(window)), "shifted_beside_all"),
+    (by_losses(lambda model, each, window: shifted_sum(model, each, "mean") / len(window)), "shifted_means"),
+    (retains_the_undivided_sum, "retained_and_undivided"),
+    (by_losses(lambda model, each, window: mean_of(model, each) * above(each) / above(*window)), "sums_by_above_zero"),
+    (by_losses(lambda model, each, window: mean_of(model, each) / max(count_of([each]), 1)), "own_counts_twice"),
+]
+WEIGHED = [
+    (
+        by_losses(lambda model, each, window: loss_sum(model, each) / (count_of(window) + 1)),
+        " 4/5 and",
+        "where 4 items",
+    ),
+    (
+        by_losses(
+            lambda model, each, window: mean_of(model, each) * each[1].numel() / sum(y.numel() for _, y in window)
+        ),
+        "s 0.471, 0.0882, 0.441 and should have 0.588, 0.0588, 0.353.",
+        "",
+    ),
+    (
+        by_losses(
+            lambda model, each, window: (
+                loss_sum(model, each) / count_of(window) * (each is not window[-1] or len(window) == 1)
+            )
+        ),
+        "s 0.588, 0.0588, 0 and should have 0.588, 0.0588, 0.353.",
+        "",
+    ),
+    (
+        by_losses(
+            lambda model, each, window: (
+                loss_sum(model, each) / count_of(window) + 0.01 * sum(p.square().sum() for p in model.parameters())
+            )
+        ),
+        "",
+        "of this gradient is no weighted sum",
+    ),
+    (retains_the_running_sum, "s 1.76, 0.118, 0.353 and should have 0.588, 0.0588, 0.353.", ""),
+]
+NAMED += SHIFTED

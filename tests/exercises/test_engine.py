@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from gradaccum.exercises.compare import Difference, agree
 from gradaccum.exercises.judge import LEFT, UNKNOWN, grade, judge
 from gradaccum.exercises.question import Property, Question, known_mistakes, mistake
 from gradaccum.exercises.run import observe, plain
+from gradaccum.exercises.weighing import Gradient
 
 
 def numbers(draw):
@@ -169,6 +171,168 @@ def test_mistakes_are_found_in_the_order_written():
     names = {"b": tripled, "x": 1, "more": {"a": squared, "c": 2}, "__builtins__": {"d": lost}}
     assert known_mistakes(names) == {"b": tripled, "a": squared}
     assert list(known_mistakes(names)) == ["b", "a"]
+
+
+# ------------------------------------------------------------------------------------------------ which weights
+
+
+MEANS = {1: [1.0, 0.0, 2.0, 1.0, 0.5], 2: [0.0, 1.0, 1.0, 2.0, 0.5], 3: [3.0, 1.0, 0.0, 0.0, 1.0]}
+OTHER = [0.0, 0.0, 0.0, 0.0, 1.0]
+
+
+def summed(weights, rest=0.0):
+    columns = [*MEANS.values(), OTHER]
+    return [sum(w * each for w, each in zip((*weights, rest), row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def weighed(*answers, counts=(4, 4, 4), means=MEANS, mistakes=(), steps=3):
+    """Judge one answer for each property, whose probe gives the gradient that is the answer."""
+    right = {number: count / sum(counts) for number, count in enumerate(counts, start=1)}
+
+    def parts(case, got):
+        yield Gradient(got, means, right, dict(enumerate(counts, start=1)), steps)
+
+    expected = summed(right.values())
+    properties = [
+        Property(
+            f"{index}", 1, lambda draw, at=index: [{"at": at}], at_number, lambda case: expected, "it", parts=parts
+        )
+        for index in range(len(answers))
+    ]
+    return grade(question(properties, *mistakes), lambda at: answers[at])
+
+
+def at_number(answer, case):
+    return answer(case["at"])
+
+
+def row(outcome):
+    return str(outcome.results[0].weights or "")
+
+
+def test_a_row_says_which_weights_it_got():
+    assert row(weighed(summed([1, 1, 1]))) == "The micro-batches got the weights 1 each and should have 1/3 each."
+    said = "The micro-batches got the weights 0, 1/2, 1/3 and should have 1/2, 1/4, 1/4."
+    assert row(weighed(summed([0, 0.5, 1 / 3]), counts=(8, 4, 4))) == said
+    said = "The micro-batches got the weights 0.334, 0.333, 0.333 and should have 0.333 each."
+    assert row(weighed(summed([0.3337, 1 / 3, 1 / 3]))) == said
+    said = "The micro-batches got the weights 0.3334 each and should have 0.3333 each."
+    assert row(weighed(summed([0.33343] * 3))) == said
+    assert row(weighed(summed([-1, 2.5, 0]))).startswith("The micro-batches got the weights -1, 2.5, 0 and")
+
+
+TWINS = MEANS | {3: MEANS[2]}
+
+
+@pytest.mark.parametrize(
+    ("got", "means"),
+    [
+        (summed([1, 1, 1], rest=0.3), MEANS),
+        (summed([1, 1, 1], rest=1e-4), MEANS),
+        ([float("nan"), *summed([1, 1, 1])[1:]], MEANS),
+        ([float("inf")] * 5, MEANS),
+        ([10**400] * 5, MEANS),
+        (summed([1, 1, 1])[:4], MEANS),
+        ([0.0] * 5, MEANS),
+        ("not a number", MEANS),
+        (None, MEANS),
+        ([[1.0]], MEANS),
+        ([summed([1, 1, 1])], MEANS),
+        ([2.0 * a + b for a, b in zip(TWINS[1], TWINS[2], strict=True)], TWINS),
+        (summed([1, 1, 1]), MEANS | {4: OTHER, 5: [1.0] * 5}),
+        (summed([1, 1, 1]), MEANS | {3: [0.0] * 5}),
+        (summed([1, 1, 1]), {}),
+    ],
+)
+def test_no_row_where_the_weights_are_not_known(got, means):
+    outcome = weighed(got, means=means)
+    assert outcome.points == 0
+    assert outcome.results[0].weights is None
+
+
+def test_what_is_no_weighted_sum_is_said_and_how_much():
+    said = weighed(summed([0.3, 0.3, 0.3], rest=0.3)).said
+    assert re.match(r"[\d.]+ % of this gradient is no weighted sum of the micro-batches' gradients: is it ", said)
+    off, held = OTHER, summed([0.3, 0.3, 0.3], rest=0.3)
+    matrix = torch.tensor([*MEANS.values()], dtype=torch.float64).T
+    off = torch.tensor(off, dtype=torch.float64)
+    rest = 0.3 * (off - matrix @ torch.linalg.pinv(matrix) @ off).norm() / torch.tensor(held).norm()
+    assert float(said.split(" ")[0]) == pytest.approx(100 * rest.item(), rel=0.06)
+
+
+@pytest.mark.parametrize(
+    ("weights", "counts", "said"),
+    [
+        ([1, 1, 1], (4, 4, 4), "Each micro-batch got the weight 1: the gradient is 3 times too large. Divide by the"),
+        ([8, 4, 4], (8, 4, 4), "Each item got the weight 1: losses are summed, and the gradient is 16 times too large"),
+        ([1 / 3] * 3, (8, 4, 4), "Each mean over 3: micro-batches of 8, 4 and 4 items got the same weight."),
+        ([0, 0, 1 / 3], (4, 4, 4), "Only the last micro-batch is in it: are"),
+        ([1 / 3, 1 / 6, 1 / 9], (4, 4, 4), "Each micro-batch lost another share: are"),
+        ([1 / 4] * 3, (4, 4, 4), "That is as if each mean were divided by 4, where 3 micro-batches are in the window."),
+        ([8 / 17, 4 / 17, 4 / 17], (8, 4, 4), "That is as if each sum were divided by 17, where 16 items count."),
+        ([0.3, 0.15, 0.15], (8, 4, 4), ""),
+        ([0, 1 / 3, 1 / 3], (4, 4, 4), ""),
+        ([0.4, 0.2, 0.3], (4, 4, 4), ""),
+    ],
+)
+def test_what_nobody_knows_gets_the_audits_sentence(weights, counts, said):
+    outcome = weighed(summed(weights), counts=counts)
+    assert outcome.said.startswith(said)
+    assert bool(outcome.said) == bool(said)
+    assert outcome.mistake == ""
+
+
+def test_a_partial_window_over_k_gets_its_sentence():
+    assert weighed(summed([1 / 5] * 3), steps=5).said.startswith("Divided by k = 5, and the window has 3: ")
+
+
+def test_a_sentence_is_true_of_all_that_failed_or_is_not_said():
+    undivided, other = summed([1, 1, 1]), summed([1, 2, 3])
+    assert weighed(undivided, undivided).said
+    outcome = weighed(undivided, other)
+    assert outcome.said == ""
+    assert [result.weights.got for result in outcome.results] == [pytest.approx([1, 1, 1]), pytest.approx([1, 2, 3])]
+
+
+def test_a_named_mistake_has_a_row_and_no_second_sentence():
+    known = mistake("Not divided.")(lambda at: summed([1, 1, 1]))
+    outcome = weighed(summed([1, 1, 1]), mistakes=[known])
+    assert (outcome.mistake, outcome.said) == ("Not divided.", "")
+    assert row(outcome)
+
+
+def test_the_row_is_of_the_case_that_was_tried():
+    right = dict.fromkeys(MEANS, 1 / 3)
+
+    def parts(case, got):
+        yield Gradient(summed(right.values()), MEANS, right, {}, name="In update 1")
+        yield Gradient(got, MEANS, right, {}, name="In update 2")
+
+    cases = [{"w": 1 / 3}, {"w": 2.0}, {"w": 3.0}]
+    each = Property("", 1, lambda draw: cases, probe_of_w, lambda case: summed(right.values()), "w = {w}", parts=parts)
+    (result,) = grade(question([each]), lambda w: summed([w] * 3)).results
+    assert result.tried == "w = 2"
+    assert str(result.weights) == "In update 2, the micro-batches got the weights 2 each and should have 1/3 each."
+
+
+def probe_of_w(answer, case):
+    return answer(case["w"])
+
+
+def test_a_card_leads_with_the_relation_and_folds_the_numbers():
+    score = Score(weighed(summed([1, 1, 1])))
+    lines = [line.strip() for line in score.report.splitlines()[2:]]
+    assert lines[:3] == ["Exactly 3 times as large as it should be.", row(score.outcome), "Tried: it."]
+    assert lines[3].startswith("Expected: [")
+    assert lines[4].startswith("Got: [")
+    lead, _, folded = score._repr_html_().partition("<details>")
+    assert "<svg role='img' aria-label='The weights as bars, the right ones as dashed outlines.'" in lead
+    assert lead.count("<rect ") == 6
+    assert "Expected" not in lead
+    assert "Got: [" in folded
+    shown = Score(grade(DOUBLE, lambda x: 3.3 * x))._repr_html_()
+    assert "Got: 6.6" in shown
+    assert "<details>" not in shown
 
 
 # ------------------------------------------------------------------------------------------------ how values differ

@@ -79,12 +79,12 @@ def defined(question, source):
 
 @cache
 def corpus(question):
-    """The answers to a question that its check has to tell apart: RIGHT, WRONG, NAMED, and EQUIVALENT mutants."""
+    """The answers to a question that its check has to tell apart: RIGHT, WRONG, NAMED, WEIGHED, EQUIVALENT mutants."""
     path = ANSWERS / f"q{question.id.replace('.', '_')}.py"
     spec = importlib.util.spec_from_file_location(f"answers_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return SimpleNamespace(**({"WRONG": [], "NAMED": [], "EQUIVALENT": {}} | vars(module)))
+    return SimpleNamespace(**({"WRONG": [], "NAMED": [], "WEIGHED": [], "EQUIVALENT": {}} | vars(module)))
 
 
 def explained(outcome):
@@ -149,6 +149,17 @@ def test_names_are_those_that_are_true(question, seed):
         said = " And one more: ".join(question.mistakes[name].sentence for name in names if name is not ...)
         said += f" {UNKNOWN}" if ... in names else ""
         assert outcome.mistake == said, f"{answer}\n{explained(outcome)}"
+
+
+@each_question
+def test_the_weights_are_those_that_it_gave(question):
+    """WEIGHED has an answer, the first weights on its card, and what the gradient shows where no name is known."""
+    plain = replace(question, given=None, mistakes={})  # to find its name takes most of the time
+    for answer, got, said in corpus(question).WEIGHED:
+        outcome = grade(plain, answer)
+        found = next((str(each.weights) for each in outcome.results if each.weights), "none")
+        assert f"got the weight{got}" in found if got else found == "none", f"{answer}\n{explained(outcome)}"
+        assert said in outcome.said if said else outcome.said == "", f"{answer}\n{explained(outcome)}"
 
 
 @each_question

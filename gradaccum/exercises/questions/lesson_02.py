@@ -5,6 +5,7 @@ from torch.nn.functional import cross_entropy
 
 from gradaccum.exercises import material
 from gradaccum.exercises.question import Property, known_mistakes, mistake
+from gradaccum.exercises.weighing import Gradient, own_gradients, scaled
 
 
 def shaped(*shapes):
@@ -31,9 +32,18 @@ def moved_by_sums(case):
     return material.moved(model, before)
 
 
+def parts(case, got):
+    """Read the gradient of a single window from the weights; with more, these have changed in between."""
+    model, _, [window] = material.run_of_windows(case)
+    held = scaled(-1 / case["learning_rate"], got["weights moved by"])
+    means = own_gradients(model, dict(enumerate(window, start=1)))
+    yield Gradient(held, means, dict.fromkeys(means, 1.0), counts={}, name="In the whole update")
+
+
 def moves(name, points, probe, tried, *shapes):
-    again = ", then all but the last once more" if "{windows}" in tried else ""
-    return Property(name, points, shaped(*shapes), probe, moved_by_sums, f"{tried} of size {{size}}{again}")
+    several = "{windows}" in tried
+    tried = f"{tried} of size {{size}}{', then all but the last once more' if several else ''}"
+    return Property(name, points, shaped(*shapes), probe, moved_by_sums, tried, parts=None if several else parts)
 
 
 ONE_WINDOW = "one window makes one update, by the sum of its gradients"
@@ -125,6 +135,17 @@ def divided_by_those_so_far(model, optimizer, micro_batches):
 def summed_samples(model, optimizer, micro_batches):
     for inputs, targets in micro_batches:
         cross_entropy(model(inputs), targets, reduction="sum").backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@mistake(
+    "The mean over a micro-batch is divided by its number of samples once more; nothing is divided here: the update "
+    "uses the sum of the micro-batches' means."
+)
+def divided_by_samples(model, optimizer, micro_batches):
+    for inputs, targets in micro_batches:
+        (cross_entropy(model(inputs), targets) / len(targets)).backward()
     optimizer.step()
     optimizer.zero_grad()
 

@@ -114,6 +114,10 @@ SO_FAR = (
     "divide all of a window by that."
 )
 EACH_SAMPLE = f"The mean over a micro-batch is divided by its number of samples once more; {EACH_BY_ITS_OWN}"
+RUNNING_TOTAL = (
+    "backward() starts from a running total, so the first micro-batches of a window are added again with each later "
+    "one; call it on this micro-batch's own loss."
+)
 FIRST_LONGER = (
     "An epoch's first update is made from k + 1 micro-batches; step counts from 0, so an update comes where "
     "(step + 1) % k is 0, and the first step needs no exception."
@@ -133,11 +137,12 @@ DIVISORS = [  # name, sentence, what each loss is divided by
     ("divided_by_all", f"Each loss is divided by the micro-batches of the whole epoch; {EACH_BY_ITS_OWN}", by_all),
     ("divided_by_samples", EACH_SAMPLE, lambda at: at.size),
     ("divided_by_samples_too", EACH_SAMPLE, lambda at: at.size * at.length),
+    # The first is added as often as there are.
+    ("running_total", RUNNING_TOTAL, lambda at: at.length / (at.length - at.in_window + 1)),
     (
-        "running_total",
-        "backward() starts from a running total, so the first micro-batches of a window are added again with each "
-        "later one; call it on this micro-batch's own loss.",
-        lambda at: at.length / (at.length - at.in_window + 1),  # the first is added as often as there are
+        "running_total_undivided",
+        f"{RUNNING_TOTAL} And one more: {UNDIVIDED}",
+        lambda at: 1 / (at.length - at.in_window + 1),
     ),
     (
         "cleared_before_the_step",

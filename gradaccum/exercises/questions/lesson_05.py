@@ -5,6 +5,7 @@ from torch.nn.functional import cross_entropy
 
 from gradaccum.exercises import material
 from gradaccum.exercises.material import filled_with, target_count, token_loss
+from gradaccum.exercises.weighing import Gradient, own_gradients
 
 TRIED = "targets in the rows of each micro-batch: {counts}, and the rest ignored"
 
@@ -26,6 +27,17 @@ def mean_over_targets(model, window):
         kept = targets != material.IGNORED
         losses.append(cross_entropy(model(inputs)[kept], targets[kept], reduction="none"))
     return torch.cat(losses).mean()
+
+
+def parts(case, *held):
+    """Give the gradients at the start, and what they should be made of; a micro-batch without a target has no mean."""
+    window = material.padded_text(case["counts"], case["seed"])
+    counts = {number: sum(rows) for number, rows in enumerate(case["counts"], start=1) if sum(rows)}
+    some = {number: window[number - 1] for number in counts}
+    means = own_gradients(material.steep_model(case["seed"]), some, lambda *given: token_loss(*given, "mean"))
+    right = {number: count / sum(counts.values()) for number, count in counts.items()}
+    for each, name in zip(held, ("", "In a second call"), strict=False):
+        yield Gradient(each, means, right, counts, len(window), name)
 
 
 @filled_with

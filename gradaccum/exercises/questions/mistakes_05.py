@@ -4,11 +4,13 @@ Each is whole as a text, but for what `material` has: 5.4 gives some of them to 
 """
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from gradaccum.exercises.material import filled_with, target_count, token_loss
 from gradaccum.exercises.question import known_mistakes, mistake
+from gradaccum.exercises.questions import more_05
 from gradaccum.exercises.questions.lesson_05 import by_count
+
+more = known_mistakes(vars(more_05))
 
 
 @mistake(
@@ -117,15 +119,6 @@ def padding_counted(model, micro_batches):
         yield token_loss(model, each) / sum(targets.numel() for _, targets in micro_batches)
 
 
-@mistake("The targets are shifted against the logits once more; they are the next tokens already.")
-@filled_with
-def shifted_again(model, micro_batches):
-    count = sum((targets[:, 1:] != -100).sum() for _, targets in micro_batches)
-    for inputs, targets in micro_batches:
-        logits = model(inputs)[:, :-1]
-        yield cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten(), reduction="sum") / count
-
-
 def with_the_right_loss(fill):
     def filled(model, micro_batches):
         with torch.no_grad():
@@ -154,24 +147,10 @@ def cleared_inside(model, micro_batches):
         yield token_loss(model, each) / target_count(*micro_batches)
 
 
-def with_a_running_sum(**options):
-    def fill(model, micro_batches):
-        mean = 0.0
-        for each in micro_batches:
-            mean = mean + token_loss(model, each) / target_count(*micro_batches)
-            mean.backward(**options)
-        return mean.item()
-
-    return fill
-
-
 running_sum = mistake(
     "The running sum holds the earlier micro-batches' graphs too; call backward on this micro-batch's own loss."
-)(with_a_running_sum())
-graphs_retained = mistake(
-    "With retain_graph=True the graphs of the running sum stay, and the first micro-batches are added many times; call "
-    "backward on this micro-batch's own loss."
-)(with_a_running_sum(retain_graph=True))
+)(more_05.with_a_running_sum(target_count))
+graphs_retained = mistake(more_05.RETAINED)(more_05.with_a_running_sum(target_count, retain_graph=True))
 
 
 @mistake("Ignored targets are overwritten, and in the next epoch they count; leave the window's tensors as they are.")

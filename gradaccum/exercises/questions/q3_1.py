@@ -6,6 +6,7 @@ from torch.nn.functional import cross_entropy
 from gradaccum.exercises import material
 from gradaccum.exercises.question import Property, Question, mistake
 from gradaccum.exercises.questions import lesson_03
+from gradaccum.exercises.weighing import Gradient, own_gradients
 
 
 def gradients_of_two_calls(answer, case):
@@ -24,6 +25,18 @@ def large_batch_gradient(case):
     cross_entropy(model(inputs), targets).backward()
     gradient = material.gradient(model)
     return {"gradient": gradient, "weights changed": False, "gradient of a second call": gradient}
+
+
+def parts(case, got):
+    window = dict(enumerate(material.samples(case["sizes"], case["seed"], case["scale"]), start=1))
+    means, counts = (
+        own_gradients(material.classifier(case["seed"]), window),
+        dict(zip(window, case["sizes"], strict=True)),
+    )
+    right = dict.fromkeys(window, 1 / len(window))
+    yield Gradient(got["gradient"], means, right, counts, len(window))
+    if not got["weights changed"]:
+        yield Gradient(got["gradient of a second call"], means, right, counts, len(window), "In a second call")
 
 
 def equal_windows(draw):
@@ -50,7 +63,7 @@ TRIED = "micro-batches of {sizes} samples"
 QUESTION = Question(
     "One normalized window",
     (
-        Property(EQUAL, 3, equal_windows, gradients_of_two_calls, large_batch_gradient, TRIED),
+        Property(EQUAL, 3, equal_windows, gradients_of_two_calls, large_batch_gradient, TRIED, parts=parts),
         Property(
             "one micro-batch's activations are held at a time",
             1,
@@ -120,15 +133,23 @@ def divided_again_and_again(model, micro_batches):
             parameter.grad /= len(micro_batches)
 
 
-@mistake(
+def with_a_running_total(divisor):
+    def fill(model, micro_batches):
+        total = 0.0
+        for inputs, targets in micro_batches:
+            total = total + cross_entropy(model(inputs), targets) / divisor(micro_batches)
+            total.backward(retain_graph=True)
+
+    return fill
+
+
+running_total = mistake(
     "backward() starts from a running total, so the first micro-batches are added again with each later one; call it "
     "on this micro-batch's own loss."
-)
-def running_total(model, micro_batches):
-    total = 0.0
-    for inputs, targets in micro_batches:
-        total = total + cross_entropy(model(inputs), targets) / len(micro_batches)
-        total.backward(retain_graph=True)
+)(with_a_running_total(len))
+running_total_undivided = mistake(
+    f"{running_total.sentence} And one more: the losses are not divided by k, the number of micro-batches."
+)(with_a_running_total(lambda micro_batches: 1))
 
 
 @mistake("The weights were changed; this function only fills .grad, and the step is for the caller.")

@@ -4,7 +4,7 @@ from torch.nn.functional import cross_entropy
 
 from gradaccum.exercises import material
 from gradaccum.exercises.question import Property, Question, mistake
-from gradaccum.exercises.questions import lesson_04
+from gradaccum.exercises.questions import lesson_04, weights_04
 from gradaccum.exercises.questions.lesson_04 import EPOCH, TRAIN, drawn  # noqa: F401 - EPOCH holds mistakes
 
 
@@ -40,13 +40,13 @@ def twice(draw):
 
 
 FULL = "full windows train as their large batches would"
-RIGHT = epochs_trained, lesson_04.large_batches, TRAIN
+RIGHT = {"probe": epochs_trained, "expected": lesson_04.large_batches, "tried": TRAIN, "parts": weights_04.parts}
 QUESTION = Question(
     "One epoch",
     (
-        Property(FULL, 1, drawn(even), *RIGHT),
-        Property(lesson_04.SHORTER, 1, drawn(lesson_04.partial), *RIGHT),
-        Property("a second epoch starts afresh", 1, drawn(twice), *RIGHT),
+        Property(FULL, 1, drawn(even), **RIGHT),
+        Property(lesson_04.SHORTER, 1, drawn(lesson_04.partial), **RIGHT),
+        Property("a second epoch starts afresh", 1, drawn(twice), **RIGHT),
         Property(
             lesson_04.PEAK,
             1,

@@ -5,7 +5,7 @@ from torch.nn.functional import cross_entropy
 from gradaccum.exercises import material
 from gradaccum.exercises.compare import agree
 from gradaccum.exercises.question import Property, Question, mistake
-from gradaccum.exercises.questions import lesson_04
+from gradaccum.exercises.questions import lesson_04, weights_04
 from gradaccum.exercises.questions.lesson_04 import TRAIN, by_k, by_number, drawn, each_epoch, full, right_updates
 
 
@@ -68,7 +68,9 @@ QUESTION = Question(
     (
         Property(PARITY, 2, drawn(evenly), updates_used, right_updates, USED),
         Property(KEPT, 1, drawn(left_over), updates_used, right_updates, USED, judge=none_kept),
-        Property(lesson_04.SHORTER, 1, drawn(again), all_trained, lesson_04.large_batches, TRAIN),
+        Property(
+            lesson_04.SHORTER, 1, drawn(again), all_trained, lesson_04.large_batches, TRAIN, parts=weights_04.parts
+        ),
     ),
     given=train,
     forbidden=lesson_04.BUT_WINDOWS,

@@ -1,11 +1,14 @@
 """4.4: repair a loop that clips and moves the schedule inside the window, and logs something else than its loss."""
 
+import math
+
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from gradaccum.exercises import material
 from gradaccum.exercises.question import Property, Question, mistake
 from gradaccum.exercises.questions import lesson_04
+from gradaccum.exercises.weighing import Gradient, own_gradients
 
 
 def epoch_seen(answer, case):
@@ -23,6 +26,16 @@ def on_large_batches(model, optimizer, schedule, windows, max_norm):
         yield loss.item()
 
 
+def parts(case, got):
+    model, windows = material.linear_model_and_windows(case)
+    for number, (window, held) in enumerate(zip(windows, got.values(), strict=False), start=1):
+        means = own_gradients(model, dict(enumerate(window, start=1)))
+        whole = [sum(each) / len(window) for each in zip(*means.values(), strict=True)]
+        right = min(1.0, case["max_norm"] / (math.hypot(*whole) + 1e-6)) / len(window)  # as clip_grad_norm_ has it
+        yield Gradient(held, means, dict.fromkeys(means, right), counts={}, name=f"In update {number}")
+        material.shrink(model)
+
+
 def windows_drawn(draw):
     """Draw windows whose gradients are longer than max_norm, and one, shorter; the last window is shorter too."""
     for lengths in ([3, 3, draw.randrange(1, 3)], [2, 2, 2]):
@@ -37,7 +50,8 @@ def about(what, name, lr=0.0):
     def cases(draw):
         return [case | {"what": what, "lr": lr} for case in windows_drawn(draw)]
 
-    return Property(name, 1, cases, epoch_seen, lambda case: epoch_seen(on_large_batches, case), tried)
+    made_of = parts if what == "gradients" else None
+    return Property(name, 1, cases, epoch_seen, lambda case: epoch_seen(on_large_batches, case), tried, parts=made_of)
 
 
 def updates_used(answer, case):

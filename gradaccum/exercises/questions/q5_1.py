@@ -2,6 +2,7 @@
 
 from gradaccum.exercises import material
 from gradaccum.exercises.question import Property, Question, mistake
+from gradaccum.exercises.weighing import Gradient
 
 
 def answered(answer, case):
@@ -15,6 +16,11 @@ def shares(case):
     """Count for each micro-batch which of all the targets are its own."""
     owners = [index for index, count in enumerate(case["counts"]) for _ in range(count)]
     return [owners.count(index) / len(owners) for index in range(len(case["counts"]))]
+
+
+def parts(case, got):
+    right, counts = (dict(enumerate(each, start=1)) for each in (shares(case), case["counts"]))
+    yield Gradient(got, None, right, counts, len(counts))
 
 
 def unequal_counts(draw):
@@ -31,8 +37,8 @@ ZEROS = "a micro-batch without a target has the weight 0, and the others are rig
 QUESTION = Question(
     "Weights for means",
     (
-        Property(UNEQUAL, 2, unequal_counts, answered, shares, tried="counts {counts}"),
-        Property(ZEROS, 1, counts_with_zeros, answered, shares, tried="counts {counts}"),
+        Property(UNEQUAL, 2, unequal_counts, answered, shares, tried="counts {counts}", parts=parts),
+        Property(ZEROS, 1, counts_with_zeros, answered, shares, tried="counts {counts}", parts=parts),
     ),
 )
 

@@ -6,6 +6,7 @@ from gradaccum.exercises import material
 from gradaccum.exercises.question import Property, Question, known_mistakes, mistake
 from gradaccum.exercises.questions import lesson_05, mistakes_05
 from gradaccum.exercises.questions.lesson_05 import TRIED, by_count, window_of
+from gradaccum.exercises.weighing import scaled
 
 
 def last_step(answer, case):
@@ -39,6 +40,12 @@ def full_batch_step(case):
     return {name: found[name] for name in case["compared"]}
 
 
+def parts(case, got):
+    """Of the first step alone: it has no momentum yet, and the rate 1."""
+    if not case["before"] and got.get("updates") == 1:
+        yield from lesson_05.parts(case, scaled(-1, got["change of the weights"]))
+
+
 def step_peak(answer, case):
     """Measure what a step holds at most, with so large a vocabulary that activations are much more than the text."""
     model, window = material.token_model(case["seed"], 40), material.padded_text(case["counts"], case["seed"], 40)
@@ -64,7 +71,15 @@ TWICE = "a window with {before} targets, then one with {counts}, the same list i
 QUESTION = Question(
     "The token-weighted step",
     (
-        Property(FULL, 2, lambda draw: lesson_05.unequal(draw, **UPDATE), last_step, full_batch_step, TRIED),
+        Property(
+            FULL,
+            2,
+            lambda draw: lesson_05.unequal(draw, **UPDATE),
+            last_step,
+            full_batch_step,
+            TRIED,
+            parts=parts,
+        ),
         Property(
             "a micro-batch without any target changes nothing",
             1,
@@ -72,6 +87,7 @@ QUESTION = Question(
             last_step,
             full_batch_step,
             TRIED,
+            parts=parts,
         ),
         Property(
             "the mean loss over all targets is returned",
@@ -114,6 +130,21 @@ def not_cleared(model, optimizer, micro_batches):
     mean = by_count(model, micro_batches)
     optimizer.step()
     return mean
+
+
+def without_clearing(each):
+    def step(model, optimizer, micro_batches):
+        mean = each.answer(model, micro_batches)
+        optimizer.step()
+        return mean
+
+    return mistake(f"{each.sentence} And one more: {not_cleared.sentence}")(step)
+
+
+never_cleared = {
+    f"{name}_and_not_cleared": without_clearing(getattr(mistakes_05, name))
+    for name in ("mean_of_means", "mean_of_means_but_empty", "own_counts", "not_divided", "padding_counted")
+}
 
 
 @mistake("The gradients were collected, but the weights did not move: call optimizer.step() at the end of the window.")

@@ -41,6 +41,11 @@ def full_batch_gradient(case):
     return {"gradient": gradient, "gradient of a second call": gradient, "weights changed": False}
 
 
+def parts(case, got):
+    second = [] if got["weights changed"] else [got["gradient of a second call"]]
+    return lesson_05.parts(case, got["gradient"], *second)
+
+
 def returned(answer, case):
     model, window = material.steep_model(case["seed"]), material.padded_text(case["counts"], case["seed"])
     return material.returned_mean(answer(model, window))
@@ -70,7 +75,7 @@ KEPT = "the gradient is that of the mean loss over all targets of the window, in
 QUESTION = Question(
     "The fix that lost the point",
     (
-        Property(KEPT, 0, windows, gradients_of_two_calls, full_batch_gradient, TRIED),
+        Property(KEPT, 0, windows, gradients_of_two_calls, full_batch_gradient, TRIED, parts=parts),
         Property("the mean loss over all targets is returned", 0, windows, returned, mean_loss, TRIED),
         Property(
             "one micro-batch's activations are held at a time",

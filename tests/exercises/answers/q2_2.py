@@ -147,6 +147,14 @@ def steps_from_the_first_full_window_on(model, optimizer, micro_batches, accumul
             optimizer.zero_grad()
 
 
+def steps_in_the_middle(model, optimizer, micro_batches, accumulation_steps):
+    for step, (inputs, targets) in enumerate(micro_batches):
+        cross_entropy(model(inputs), targets).backward()
+        if step % accumulation_steps == accumulation_steps // 2:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
 RIGHT = [
     clears_at_the_start_of_a_window,
     cuts_into_windows,
@@ -165,4 +173,9 @@ NAMED = [
     (repairs_nothing_and_divides, "cleared_inside_and_divided"),
     (goes_backward_from_the_total, "freed_graph"),
     (steps_from_the_first_full_window_on,),
+]
+WEIGHED = [
+    (repairs_nothing_and_divides, "s 0, 0, 0, 1/4 and should have 1 each", ""),
+    (steps_in_the_middle, "s 1, 1, 1, 0 and should have 1 each", ""),
+    (drops_the_last_window, "", ""),
 ]

@@ -159,6 +159,28 @@ def leaves_the_last_out(model, optimizer, micro_batches):
     collects_by_hand(model, optimizer, micro_batches[:-1] or micro_batches)
 
 
+def divides_by_the_samples(model, optimizer, micro_batches):
+    for inputs, targets in micro_batches:
+        (cross_entropy(model(inputs), targets) / len(inputs)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def counts_the_last_twice(model, optimizer, micro_batches):
+    collects_by_hand(model, optimizer, [*micro_batches, micro_batches[-1]])
+
+
+def steps_twice(model, optimizer, micro_batches):
+    collects_by_hand(model, optimizer, micro_batches)
+    optimizer.step()
+
+
+def steps_at_each(model, optimizer, micro_batches):
+    for micro_batch in micro_batches:
+        collects_by_hand(model, optimizer, [micro_batch])
+        collects_by_hand(model, optimizer, [micro_batch])
+
+
 RIGHT = [
     collects_by_hand,
     sums_backwards_and_clears_first,
@@ -185,6 +207,14 @@ NAMED = [
     (total_with_retain_graph, "running_total"),
     (divides_and_never_clears, "not_cleared_and_divided"),
     (clears_after_each, "cleared_before_step"),
+    (divides_by_the_samples, "divided_by_samples"),
     (clears_some,),
     (leaves_the_last_out,),
+]
+WEIGHED = [
+    (total_with_retain_graph, "s 4, 3, 2, 1 and should have 1 each", ""),
+    (counts_the_last_twice, "s 1, 1, 1, 2 and should have 1 each", ""),
+    (steps_twice, "s 2 each and should have 1 each", ""),
+    (steps_at_each, "", "of this gradient is no weighted sum"),
+    (clears_some, "", ""),
 ]

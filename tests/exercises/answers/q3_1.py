@@ -122,6 +122,54 @@ def undivided_in_one_backward(model, micro_batches):
     sum(cross_entropy(model(inputs), targets) for inputs, targets in micro_batches).backward()
 
 
+def with_retain_graph(divisor):
+    def fill(model, micro_batches):
+        total = 0.0
+        for number, (inputs, targets) in enumerate(micro_batches, start=1):
+            total += cross_entropy(model(inputs), targets)
+            (total / divisor(number)).backward(retain_graph=True)
+
+    return fill
+
+
+def divides_by_k_twice(model, micro_batches):
+    for inputs, targets in micro_batches:
+        (cross_entropy(model(inputs), targets) / len(micro_batches) ** 2).backward()
+
+
+def sums_by_those_so_far(model, micro_batches):
+    for number, (inputs, targets) in enumerate(micro_batches, start=1):
+        (cross_entropy(model(inputs), targets, reduction="sum") / number).backward()
+
+
+def halves_what_is_there(model, micro_batches):
+    for inputs, targets in micro_batches:
+        cross_entropy(model(inputs), targets).backward()
+        for parameter in model.parameters():
+            parameter.grad /= 2
+
+
+def smooths_the_labels(model, micro_batches):
+    for inputs, targets in micro_batches:
+        (cross_entropy(model(inputs), targets, label_smoothing=0.1) / len(micro_batches)).backward()
+
+
+def clips_at_each(model, micro_batches):
+    for inputs, targets in micro_batches:
+        (cross_entropy(model(inputs), targets) / len(micro_batches)).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+
+
+def steps_too(model, micro_batches):
+    sums_backwards_and_clears_first(model, micro_batches)
+    torch.optim.SGD(model.parameters(), lr=0.01).step()
+
+
+def first_parameter_not_divided(model, micro_batches):
+    sums_backwards_and_clears_first(model, micro_batches)
+    next(model.parameters()).grad *= len(micro_batches)
+
+
 RIGHT = [
     collects_by_hand,
     sums_backwards_and_clears_first,
@@ -147,5 +195,21 @@ NAMED = [
     (keeps_all_graphs, "one_backward"),
     (keeps_the_outputs, "one_backward"),
     (undivided_in_one_backward, "not_divided", "one_backward"),
+    (with_retain_graph(lambda number: 1), "running_total_undivided"),
     (divides_by_one_more,),
+]
+WEIGHED = [
+    (undivided_in_one_backward, "s 1 each and should have 1/2 each", "the gradient is 2 times too large"),
+    (with_retain_graph(lambda number: number), "s 1.5, 0.5 and should have 0.5 each", ""),
+    (divides_by_one_more, "s 1/3 each and should have 1/2 each", "each mean were divided by 3, where 2 micro-batches"),
+    (divides_by_k_twice, "s 1/4 each and should have 1/2 each", "each mean were divided by 4, where 2 micro-batches"),
+    (leaves_the_first_out, "s 0, 1/2 and should have 1/2 each", ""),
+    (sums_by_those_so_far, "s 3, 1.5 and should have 0.5 each", ""),
+    (halves_what_is_there, "s 1/4, 1/2 and should have 1/2 each", ""),
+    (clips_at_each, "s 1.65e-06, 0.000993 and should have 0.5 each", ""),  # one micro-batch alone has a common factor
+    (smooths_the_labels, "", "of this gradient is no weighted sum"),
+    (first_parameter_not_divided, "", "of this gradient is no weighted sum"),
+    (spoils_its_data, "", "In a second call: "),
+    (does_nothing, "", ""),
+    (steps_too, "", ""),
 ]

@@ -197,6 +197,34 @@ def pops(model, optimizer, micro_batches, k):
         update(optimizer)
 
 
+def backward_from_the_total(model, window):
+    total = 0
+    for inputs, targets in window:
+        total += cross_entropy(model(inputs), targets)
+        total.backward(retain_graph=True)
+
+
+def rest_by_one_more(step, k, last):
+    return k if step < last - last % k else last % k + 1
+
+
+def by_number(divisor):
+    """Divide as `divisor` says."""
+
+    def train_epoch(model, optimizer, micro_batches, k):
+        last = len(micro_batches)
+        for step, (inputs, targets) in enumerate(micro_batches):
+            (cross_entropy(model(inputs), targets) / divisor(step, k, last)).backward()
+            if (step + 1) % k == 0 or step + 1 == last:
+                update(optimizer)
+
+    return train_epoch
+
+
+def with_the_last_of_before(micro_batches, k):
+    return [micro_batches[max(start - 1, 0) : start + k] for start in range(0, len(micro_batches), k)]
+
+
 RIGHT_FILLS = [summed_in_reverse, scaled_at_once, passes_the_gradient_in, by_hand, functional, with_hooks]
 RIGHT = [*map(on_windows, RIGHT_FILLS), with_parity, cleared_first, by_closure]
 WRONG = [
@@ -215,6 +243,16 @@ NAMED = [
     (step_at_the_end(own_length), "a_step_more"),
     (step_at_the_end(lambda step, k, last: k), "a_step_more", "divided_by_k"),
     (step_at_the_end(own_length, clears=False), "a_step_more", "last_not_cleared"),
+    (on_windows(backward_from_the_total), "running_total_undivided", "joined_windows"),
     (on_windows(fill, as_equal_as_can_be),),
     (smaller_learning_rate,),
+]
+WEIGHED = [
+    (on_windows(fill_undivided), "s 1 each and should have 1/3 each", "In update 1: Each micro-batch got the weight 1"),
+    (on_windows(backward_from_the_total), "s 3, 2, 1 and should have 1/3 each", ""),
+    (by_number(rest_by_one_more), " 1/2 and should have 1.", ""),
+    (by_number(lambda step, k, last: k if step < k else 1), "s 1 each and should have 1/3 each", ""),
+    (on_windows(fill, with_the_last_of_before), "s 1/4 each and should have 0, 1/3, 1/3, 1/3.", ""),
+    (on_windows(lambda model, window: fill(model, [*window, window[-1]])), "s 1/4, 1/4, 1/2 and should", ""),
+    (smaller_learning_rate, "s 1 each and should", ""),
 ]

@@ -191,3 +191,10 @@ NAMED = [
     (once(clip=clips_each),),
     (before_the_epoch,),
 ]
+WEIGHED = [
+    (once(inside="clip", after="step schedule clear"), "s 0.00478, 0.0128, 0.0485 and should have 0.0364 each.", ""),
+    (once(clip=lambda parameters, max_norm: clip_grad_norm(parameters, max_norm / 2)), "s ", ""),
+    (once(divisor=lambda window: len(window) + 1), "s 1/4 each and should have 1/3 each", ""),
+    (once(clip=clips_each), "", "of this gradient is no weighted sum"),
+    (once(inside="schedule"), "", ""),
+]

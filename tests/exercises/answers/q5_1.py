@@ -35,3 +35,10 @@ NAMED = [
     (lambda counts: [bool(count) / sum(map(bool, counts)) for count in counts], "equal_weights"),
     (lambda counts: [max(count, 1) / sum(counts) for count in counts],),
 ]
+WEIGHED = [
+    (torch.tensor, "s 11, 214, 39, 58 and should have 0.0342, 0.665, 0.121, 0.18.", "Each item got the weight 1"),
+    (lambda counts: [n / (sum(counts) + 1) for n in counts], "s 0.0341, 0.663,", "divided by 323, where 322 items"),
+    (lambda counts: [count / sum(counts) for count in counts[:-1]], "", ""),
+    (lambda counts: [float("nan")] * len(counts), "", ""),
+    (lambda counts: [10**400] * len(counts), "", ""),
+]

@@ -78,6 +78,16 @@ def moves_the_weights_itself(model, optimizer, micro_batches):
     return mean
 
 
+def means_and_never_clears(model, optimizer, micro_batches):
+    total = 0.0
+    for each in micro_batches:
+        loss = fills.mean_of(model, each) / len(micro_batches)
+        loss.backward()
+        total += loss.item()
+    optimizer.step()
+    return total
+
+
 RIGHT = [*map(clears_last, fills.RIGHT), clears_first, by_closure]
 WRONG = [*map(clears_last, fills.WRONG), smaller_learning_rate, steps_at_each_mean, moves_the_weights_itself]
 NAMED = [
@@ -85,4 +95,6 @@ NAMED = [
     (clears_before_the_step, "cleared_before_the_step"),
     (clips, "clipped"),
     (never_clears_and_returns_nothing, "nothing_returned", "not_cleared"),
+    (means_and_never_clears, "mean_of_means_but_empty_and_not_cleared"),
 ]
+WEIGHED = [(clears_last(fill), *rest) for fill, *rest in fills.WEIGHED]

@@ -32,3 +32,4 @@ NAMED = [
     (no_graph_at_all, "cleared_at_the_end"),
     (divides_by_those_so_far, "count_so_far"),
 ]
+WEIGHED = fills.WEIGHED

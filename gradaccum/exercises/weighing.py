@@ -1,0 +1,222 @@
+"""Which weight each micro-batch got in a wrong gradient, and which it should have got: solved for, as an audit does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from gradaccum.exercises.compare import TOLERANCE, Plain
+from gradaccum.verdicts import CLOSE, Facts, kind_of, percent
+
+Numbers = list[float]
+NO_SUM = "no weighted sum"
+NO_WEIGHTED_SUM = (
+    "of this gradient is no weighted sum of the micro-batches' gradients: is it of another loss or an earlier window, "
+    "did the model change inside this one, or was a part of the gradient changed by itself?"
+)
+# The audit's sentences that are true of any code with such weights. The others guess at the code, which a learner has
+# before their eyes: as questions.
+TRUE = ("not divided", "a partial window over k", "each mean over k")
+ASKED = {
+    "only the last micro-batch": "Only the last micro-batch is in it: are the gradients cleared inside the window, or "
+    "is backward called after its loop?",
+    "clipped or divided inside": "Each micro-batch lost another share: are gradients clipped, or divided, at each "
+    "micro-batch?",
+}
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """One gradient that an answer made, and what it should be made of; micro-batches go by their number, from 1.
+
+    Attributes:
+        held: the gradient, whatever it is; where `means` is None, the weights themselves.
+        means: the gradient of each micro-batch's own mean loss, at the same parameters, in the same order.
+        right: the weights that they should have; those that are not in it, none.
+        counts: the items in each; empty where a weight is no share of them, and an audit has nothing to say.
+        steps: k, the accumulation steps that were asked for.
+        name: where it is, to begin a sentence: "In update 2".
+    """
+
+    held: Plain
+    means: Mapping[int, Numbers] | None
+    right: Mapping[int, float]
+    counts: Mapping[int, int]
+    steps: int = 0
+    name: str = ""
+
+
+class Weights(NamedTuple):
+    """What was found of a gradient that is not right; without weights where it is no weighted sum."""
+
+    name: str
+    numbers: list[int]
+    got: Numbers
+    right: Numbers
+    kind: str
+    sentence: str
+    whole: bool = True  # whether these are all micro-batches that there are
+
+    def __str__(self) -> str:
+        """Say what each got and what it should have."""
+        who = f"icro-batch{'es' if len(self.numbers) > 1 else ''}"
+        who = f"the m{who}" if self.whole else f"m{who} {_ranges(self.numbers)}"
+        got, right = _written(self.got, self.right)
+        text = f"{who} got the weight{'s' if len(self.got) > 1 else ''} {got} and should have {right}."
+        return f"{self.name}, {text}" if self.name else text[0].upper() + text[1:]
+
+
+def own_gradients(
+    model: nn.Module, micro_batches: Mapping[int, Any], loss: Callable[..., Tensor] | None = None
+) -> dict[int, Numbers]:
+    """Return the gradient of each micro-batch's own loss, its mean cross-entropy if none is given, each by itself."""
+    parameters, found = list(model.parameters()), {}
+    for number, micro_batch in micro_batches.items():
+        inputs, targets = micro_batch
+        own = loss(model, micro_batch) if loss else cross_entropy(model(inputs), targets)
+        parts = torch.autograd.grad(own, parameters)
+        found[number] = torch.cat([part.double().flatten() for part in parts]).tolist()
+    return found
+
+
+def scaled(factor: float, values: Plain) -> Numbers | None:
+    """Return a vector that an answer gave, times a factor; None if it is no vector of finite numbers.
+
+    Example:
+        >>> scaled(-2, [1, 0.5]), scaled(1, [1, "a"]), scaled(1, float("nan"))
+        ([-2.0, -1.0], None, None)
+    """
+    if not isinstance(values, list) or not values:
+        return None
+    if not all(isinstance(each, int | float) and abs(each) < 1e100 for each in values):  # nan is not less
+        return None
+    return [float(factor * each) for each in values]
+
+
+def weigh(gradients: Iterable[Gradient]) -> Weights | None:
+    """Return the weights in the first of these gradients that has not the right ones, if it can be told.
+
+    Example:
+        >>> means = {1: [1.0, 0.0, 2.0], 2: [0.0, 1.0, 1.0]}
+        >>> print(weigh([Gradient([1.0, 1.0, 3.0], means, right={1: 0.5, 2: 0.5}, counts={1: 4, 2: 4}, steps=2)]))
+        The micro-batches got the weights 1 each and should have 1/2 each.
+    """
+    for each in gradients:
+        held = scaled(1, each.held)
+        if held is None or not any(held):
+            return None
+        if each.means is None:
+            numbers, got, residual = list(each.right), held, 0.0
+            if len(held) != len(numbers):
+                return None
+        else:
+            numbers, solved = list(each.means), _solved(held, list(each.means.values()))
+            if solved is None:
+                return None
+            got, residual = solved
+        if residual > CLOSE:
+            return Weights(each.name, [], [], [], NO_SUM, f"{percent(residual)} {NO_WEIGHTED_SUM}")
+        if residual > TOLERANCE or not got:
+            return None
+        right = [each.right.get(number, 0.0) for number in numbers]
+        least = TOLERANCE * max(map(abs, (*got, *right)))
+        got = [0.0 if abs(weight) <= least else weight for weight in got]
+        if any(abs(weight - share) > 10 * least for weight, share in zip(got, right, strict=True)):
+            shown = [index for index in range(len(got)) if got[index] or numbers[index] in each.right]
+            kind, sentence = _kind(each, dict(zip(numbers, got, strict=True)))
+            return Weights(
+                each.name,
+                [numbers[index] for index in shown],
+                [got[index] for index in shown],
+                [right[index] for index in shown],
+                kind,
+                sentence,
+                whole=[numbers[index] for index in shown] == list(range(1, len(got) + 1)),
+            )
+    return None
+
+
+def _solved(held: Numbers, columns: Sequence[Numbers]) -> tuple[Numbers, float] | None:
+    """Return the weights, none where they cannot be told apart, and the share that is no weighted sum."""
+    if not columns or len(held) != len(columns[0]) or len(held) <= len(columns):
+        return None
+    matrix, vector = torch.tensor(columns, dtype=torch.float64).T, torch.tensor(held, dtype=torch.float64)
+    lengths, size = matrix.norm(dim=0), vector.norm().item()
+    if not lengths.isfinite().all() or not lengths.all():
+        return None
+    matrix = matrix / lengths
+    found = torch.linalg.lstsq(matrix, vector[:, None], driver="gelsd").solution[:, 0]
+    residual = (matrix @ found - vector).norm().item() / size
+    weights = found / lengths
+    uncertainty = max(residual, 1e-12) * size / max(torch.linalg.svdvals(matrix)[-1].item(), 1e-300) / lengths.min()
+    if residual <= TOLERANCE and uncertainty > 1e-3 * weights.abs().max():
+        return [], residual
+    return weights.tolist(), residual
+
+
+def _kind(gradient: Gradient, got: Mapping[int, float]) -> tuple[str, str]:
+    """Return the audit's kind of these weights, and its sentence where that is true of any code that gives them."""
+    if not gradient.counts:
+        return "", ""
+    inside = list(gradient.right)
+    counts, right = [gradient.counts[each] for each in inside], list(gradient.right.values())
+    outside = {each: weight for each, weight in got.items() if each not in gradient.right and weight}
+    kind, sentence = kind_of(Facts([got[each] for each in inside], right, counts, gradient.steps, outside))
+    if kind in TRUE:
+        return kind, sentence
+    if kind in ("another divisor", "one common factor"):
+        return _as_if(max(got.values()) / max(right), counts)
+    return kind, ASKED.get(kind, "")
+
+
+def _as_if(factor: float, counts: Sequence[int]) -> tuple[str, str]:
+    """Say which whole divisor gives this factor: of the means, if all count the same, or of the sums."""
+    whole = [("each sum", sum(counts), "items count")]
+    if len(set(counts)) == 1:
+        whole.insert(0, ("each mean", len(counts), "micro-batches are in the window"))
+    for what, right, these in whole:
+        divisor = right / factor
+        if 0.5 < divisor < 1000 and abs(divisor - round(divisor)) <= TOLERANCE * divisor:
+            return what, f"That is as if {what} were divided by {round(divisor)}, where {right} {these}."
+    return "", ""
+
+
+def _written(*lists: Numbers) -> list[str]:
+    """Write lists of weights to be compared: as fractions where all are simple, else with digits that tell them apart.
+
+    Example:
+        >>> _written([1.0, 0.5], [1 / 3, 1 / 3]), _written([0.2007, 0.4], [0.2, 0.4])
+        (['1, 1/2', '1/3 each'], ['0.201, 0.4', '0.2, 0.4'])
+    """
+    fractions = [_fraction(value) for values in lists for value in values]
+    if all(fractions):
+        return [_listed(list(map(_fraction, values))) for values in lists]
+    for digits in range(3, 8):
+        found = [_listed([f"{value:.{digits}g}" for value in values]) for values in lists]
+        if len(set(found)) == len(found):
+            break
+    return found
+
+
+def _fraction(value: float) -> str:
+    fraction = Fraction(value).limit_denominator(12)
+    simple = abs(fraction) < 1 or fraction.denominator == 1
+    return str(fraction) if simple and abs(value - fraction) <= TOLERANCE * abs(value) else ""
+
+
+def _listed(shown: Sequence[str]) -> str:
+    if len(shown) > 1 and len(set(shown)) == 1:
+        return f"{shown[0]} each"
+    return ", ".join(shown[:12]) + (f" and {len(shown) - 12} more" if len(shown) > 12 else "")
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    if len(numbers) > 2 and list(numbers) == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{numbers[0]} to {numbers[-1]}"
+    return ", ".join(map(str, numbers[:-1])) + (" and " if len(numbers) > 1 else "") + str(numbers[-1])
