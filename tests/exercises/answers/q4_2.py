@@ -254,5 +254,5 @@ WEIGHED = [
     (by_number(lambda step, k, last: k if step < k else 1), "s 1 each and should have 1/3 each", ""),
     (on_windows(fill, with_the_last_of_before), "s 1/4 each and should have 0, 1/3, 1/3, 1/3.", ""),
     (on_windows(lambda model, window: fill(model, [*window, window[-1]])), "s 1/4, 1/4, 1/2 and should", ""),
-    (smaller_learning_rate, "s 1 each and should", ""),
+    (smaller_learning_rate, "s 1 each and should", "In update 1: Each micro-batch got the weight 1: the gradient is 3"),
 ]
