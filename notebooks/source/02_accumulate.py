@@ -243,7 +243,7 @@ assert delayed[-1] > max(1000, delayed[11])
 # %% where-figure tags=["hidden"] alt="A drawing. Four boxes, loss 1 to loss 4, the first three gone. From each an arrow, backward adds, to one box, .grad, which is beside the box of the weight; one arrow, step, leads from .grad to the weight."
 figure, (axis,) = plots.panels(["One place collects"], height=2.9)
 figure.set_figwidth(7)
-box = {"boxstyle": "round,pad=0.5", "facecolor": "white", "edgecolor": "#555555"}
+box = {"boxstyle": "round,pad=0.5", "fill": False}
 words = {"ha": "center", "va": "center", "bbox": box}
 for number in range(1, 5):
     place = (0.1, 1.1 - 0.25 * number)
@@ -252,7 +252,7 @@ for number in range(1, 5):
         "",
         (0.56, 0.5),
         (0.19, place[1]),
-        arrowprops={"arrowstyle": "->", "color": plots.COLOURS[number - 1]},
+        arrowprops={"arrowstyle": "->", "ec": plots.COLOURS[number - 1]},
     )
     axis.text(*place, text, color=plots.COLOURS[number - 1], **words)
 axis.text(0.37, 0.9, "backward() adds", ha="center")
