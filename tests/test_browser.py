@@ -125,6 +125,28 @@ def test_what_is_folded_opens_closed_and_stays_so(notebook):
         assert {"factor-guess", "recap-guesses"} <= set(hidden)
 
 
+@pytest.mark.parametrize("stem", ["02_accumulate", "04_windows"])
+def test_shift_enter_walks_through_a_lesson(chromium, lab, stem):
+    """Without a guess, from the top: each code cell runs once and in order, and a closed heading opens."""
+    notebook = Notebook(chromium, lab.address, f"notebooks/{stem}.ipynb")
+    cells = notebook.page.evaluate("() => context.model.toJSON().cells")
+    assert any("jp-MarkdownHeadingCollapsed" in cell["metadata"] for cell in cells)
+    notebook.do("notebook:clear-all-cell-outputs")  # and the numbers that cells have from their last run
+    notebook.select(cells[0]["id"])
+    ran, presses = [], 0
+    while (ran or [None])[-1] != cells[-1]["id"]:
+        active, counts = notebook.page.evaluate("() => nb.activeCell.model.sharedModel.getId()"), notebook.counts()
+        notebook.page.keyboard.press("Shift+Enter")
+        presses += 1
+        if active in counts:
+            notebook.wait_for_run(active, counts)
+            ran.append(active)
+        assert presses <= len(cells), f"stuck at {active}"
+    assert ran == [cell["id"] for cell in cells if cell["cell_type"] == "code"]
+    assert presses == len(cells)
+    notebook.close()
+
+
 def test_every_guess_opens_its_answer_by_keyboard_and_by_mouse(notebook):
     page, asked, revealed, looks_back, said, cells = notebook.page, {}, {}, [], {}, list(notebook.marks)
     for cell, node in calls(notebook):
