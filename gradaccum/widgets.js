@@ -11,6 +11,12 @@
             set(handle, "aria-label", label);
             set(handle, "aria-valuetext", readout);
         }
+        for (const choice of view.querySelectorAll(".widget-toggle-buttons")) {
+            set(choice, "role", "group");
+            set(choice, "aria-label", choice.querySelector(".widget-label")?.textContent ?? "");
+            for (const button of choice.querySelectorAll("button"))
+                set(button, "aria-pressed", `${button.classList.contains("mod-active")}`);
+        }
         const asked = view.querySelector(".gradaccum-asks .widget-html-content");
         if (asked) {
             set(view, "role", "group");
@@ -61,7 +67,7 @@
         for (const view of views) {
             view.dataset.named = "";
             new MutationObserver(() => name(view)).observe(
-                view, {subtree: true, childList: true, characterData: true, attributeFilter: ["aria-valuetext"]});
+                view, {subtree: true, childList: true, characterData: true, attributeFilter: ["aria-valuetext", "class"]});
             name(view);
             listen(view);
         }

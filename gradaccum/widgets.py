@@ -220,8 +220,8 @@ def explore(view: Callable[..., tuple[Figure, str]], **controls: Sequence[Any]) 
     Args:
         view: a pure function of the controls' values; gives the figure and one sentence that says what it shows.
             The default of each of its parameters is where that control starts.
-        controls: the values to choose from, in order, under the names of `view`'s parameters. Each becomes a
-            slider, which the arrow keys move.
+        controls: the values to choose from, in order, under the names of `view`'s parameters. Numbers become a
+            slider, which the arrow keys move; words, and True and False, which have no order, become buttons.
 
     Raises:
         ValueError: a control cannot start where its parameter's default says.
@@ -285,8 +285,15 @@ def progress(items: Iterable[Item], description: str) -> Iterator[Item]:
 
 def _control(name: str, values: Sequence[Any], start: Any) -> Any:
     shown = {"description": name.replace("micro_batch", "micro-batch").replace("_", " ")}
-    looks = {"style": {"description_width": "150px"}, "layout": ipywidgets.Layout(width="auto", max_width="520px")}
-    return ipywidgets.SelectionSlider(options=[(str(one), one) for one in values], value=start, **shown, **looks)
+    options, style = [(_label(one), one) for one in values], {"description_width": "150px"}
+    if any(isinstance(one, str | bool) for one in values):
+        return ipywidgets.ToggleButtons(options=options, value=start, style=style | {"button_width": "auto"}, **shown)
+    wide = ipywidgets.Layout(width="auto", max_width="520px")
+    return ipywidgets.SelectionSlider(options=options, value=start, style=style, layout=wide, **shown)
+
+
+def _label(value: Any) -> str:
+    return ("no", "yes")[value] if isinstance(value, bool) else str(value)
 
 
 def _view(parts: Sequence[Any]) -> Any:

@@ -415,7 +415,7 @@ class View:
 
     def shown(self):
         """What each control reads, the sentence, and the picture's digest."""
-        controls = self.output.locator(".widget-readout").all_inner_texts()
+        controls = self.output.locator(".widget-readout, .widget-toggle-button.mod-active").all_inner_texts()
         sentence = self.output.locator("p").inner_text()
         return [controls, sentence, self.picture.evaluate(DIGEST)]
 
@@ -440,8 +440,8 @@ class View:
 SAID = """
 def said(view, shown, **controls):
     import hashlib, json
-    from gradaccum.widgets import _png
-    chosen = [{str(value): value for value in values}[text] for values, text in zip(controls.values(), shown)]
+    from gradaccum.widgets import _label, _png
+    chosen = [{_label(value): value for value in values}[text] for values, text in zip(controls.values(), shown)]
     figure, sentence = view(**dict(zip(controls, chosen)))
     print(json.dumps([sentence, hashlib.sha256(_png(figure)).hexdigest()]))
 """
@@ -462,7 +462,20 @@ def test_every_view_shows_what_its_function_says_however_it_is_moved(notebook):
                 continue
         page, start = notebook.page, view.agrees()
         names = [keyword.arg.replace("micro_batch", "micro-batch").replace("_", " ") for keyword in node.keywords]
-        assert [slider.get_attribute("aria-label") for slider in view.sliders.all()] == names
+        choices = view.output.locator(".widget-toggle-buttons[role=group]")
+        labels = [each.get_attribute("aria-label") for each in [*choices.all(), *view.sliders.all()]]
+        assert sorted(labels) == sorted(names)
+        for choice in choices.all():
+            pressed = choice.locator("[aria-pressed=true]")
+            first, other = pressed.inner_text(), choice.locator("[aria-pressed=false]").first
+            name, before = other.inner_text(), view.agrees()
+            notebook.tab_to(cell, other)
+            page.keyboard.press("Space")
+            expect(pressed).to_have_text(name)
+            assert view.agrees() != before
+            choice.get_by_role("button", name=first, exact=True).click()
+            expect(pressed).to_have_text(first)
+            assert view.agrees() == before
         for slider in view.sliders.all():
             first, last, at = (float(slider.get_attribute(f"aria-value{name}")) for name in ("min", "max", "now"))
             keys = ["ArrowRight", "ArrowLeft"] if at < last else ["ArrowLeft", "ArrowRight"]
@@ -493,6 +506,8 @@ def test_every_view_shows_what_its_function_says_however_it_is_moved(notebook):
             for slider in view.sliders.all():
                 slider.press("ArrowRight")
                 slider.press("ArrowRight")
+            for choice in choices.all():
+                choice.locator("[aria-pressed=false]").last.click()
             assert view.agrees() != start
             if by_keyboard:
                 notebook.tab_to(cell, back)

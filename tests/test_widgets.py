@@ -209,8 +209,9 @@ def explored(screen):
         return Figure(), f"{steps} steps of {name}"
 
     widgets.explore(view, steps=[1, 2, 4], name=["Adam", "SGD"])
-    kinds = ("SelectionSlider", "HTML", "Image", "Button")
-    return screen.view, calls, *(find(screen.view, getattr(ipywidgets, kind)) for kind in kinds)
+    kinds = ("SelectionSlider", "ToggleButtons", "HTML", "Image", "Button")
+    (slider,), (choice,), *rest = (find(screen.view, getattr(ipywidgets, kind)) for kind in kinds)
+    return screen.view, calls, (slider, choice), *rest
 
 
 def test_explore_starts_at_the_defaults_redraws_and_goes_back(explored):
