@@ -127,16 +127,9 @@ def weights(seen: Any, names: Sequence[str] = (), *, title: str = "") -> Figure:
         places = [place + index for index in range(len(update.weights))]
         colour, hatch = COLOURS[number % len(DARK)], HATCHES[number % len(DARK)]
         axis.bar(places, update.weights, 0.8, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
-        axis.bar(
-            places,
-            update.right,
-            0.8,
-            fill=False,
-            edgecolor="black",
-            linewidth=1.6 if many <= 16 else 0.9,
-            linestyle="--",
-            path_effects=[withStroke(linewidth=3.2, foreground="white")],  # so that it shows on a dark bar
-        )
+        around = withStroke(linewidth=3.2, foreground="white")  # so that it shows on a dark bar
+        outline = {"fill": False, "edgecolor": "black", "linestyle": "--", "path_effects": [around]}
+        axis.bar(places, update.right, 0.8, linewidth=1.6 if many <= 16 else 0.9, **outline)
         if many <= 16:
             for x, weight, share in zip(places, update.weights, update.right, strict=True):
                 top = max(weight, share) if abs(weight - share) < 0.1 * highest else max(weight, 0.0)  # not on a line

@@ -338,8 +338,8 @@ def test_the_sentence_comes_after_the_focus(questions):
     box.click()
     page.keyboard.type("12")
     page.keyboard.press("Enter")
-    expect(said).to_have_text("You said 12. Now run the next cell.")
-    assert page.evaluate("() => order") == ["box", "box-run", "You said 12. Now run the next cell."]
+    expect(said).to_have_text("You said 12. Now go on with Shift + Enter.")
+    assert page.evaluate("() => order") == ["box", "box-run", "You said 12. Now go on with Shift + Enter."]
     expect(said).to_be_in_viewport()
 
 

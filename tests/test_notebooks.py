@@ -204,6 +204,12 @@ def test_a_heading_opens_its_cell(lesson):
         assert not folded or len(cell.source.splitlines()) == 1 or len(levels) == 1, cell.id
 
 
+def test_code_follows_a_closed_heading(lesson):
+    """Where text follows, Shift+Enter on the heading selects that, hidden, and the page jumps to its top."""
+    for cell, below in zip(lesson.cells, lesson.cells[1:], strict=False):
+        assert "jp-MarkdownHeadingCollapsed" not in cell.metadata or below.cell_type == "code", cell.id
+
+
 def test_what_is_not_folded_is_short(lesson):
     for cell in lesson.code:
         shown = len(cell.source.splitlines()) if "jupyter" not in cell.metadata else 0

@@ -4,11 +4,13 @@
 # Gradient accumulation trains with the gradient of a large batch on a machine that holds a small one: cut the batch, add up the gradients of the pieces, divide.
 #
 # Divide by what?
-# By the number of pieces, said the libraries that everyone used, and for text that is wrong.
+# By the number of pieces, said the libraries that everyone used, and for texts of unequal length that is wrong.
 # It was pointed out in 2021, and mended in October 2024 (huggingface/transformers#34191).
-# In between the losses went down all the same, so nobody looked.
+# In between the losses went down all the same.
 #
-# This page takes 10 minutes.
+# This page takes 15 minutes.
+# Press Shift + Enter now, and again and again: each press runs one cell and goes on.
+# A grey line that ends in dots is folded code: click on the dots to read it.
 
 # %% setup tags=["nbval-ignore-output", "hidden"]
 import torch
@@ -21,11 +23,12 @@ torch.set_num_threads(1)  # as fast for small models, and no waiting
 print(f"torch {torch.__version__}, gradaccum {gradaccum.__version__}")
 
 # %% surprise [markdown]
-# ## Four sentences
+# ## Four texts
 #
-# A small language model learns from four sentences: `OX`, `SUN`, `CAT`, and one of 78 characters.
-# At every character it guesses the next one; each such guess is a **target**.
-# The bars are how much each sentence counts in the usual loop, the dashed outlines its share of the targets.
+# A small language model learns from four texts: `OX`, `SUN`, `CAT`, and one of 78 characters.
+# At every character it has to say which comes next; the right next character is a **target**.
+# `OX` has 3: the O, the X, and the end.
+# The bars are how much each text counts in the usual loop, the dashed outlines its share of the targets.
 
 # %% surprise-figure tags=["hidden"] alt="Four bars of a quarter. The dashed outlines, the shares of the targets, are 3, 4 and 4 percent for OX, SUN and CAT, and 88 percent for the sentence of 78 characters."
 from gradaccum.auditing import Update
@@ -36,16 +39,22 @@ targets = [len(sentence) + 1 for sentence in sentences]  # and one for the end
 shares = [count / sum(targets) for count in targets]
 print("the long one:", sentences[3])
 print(f"its share of the targets: {100 * shares[3]:.0f} %; it counts for 25 %")
-usual = Update([*sentences[:3], "78 characters"], 4 * [1 / 4], shares)
-plots.weights([usual], ["each sentence's mean, divided by 4"])
+names_of = [
+    f"{name}\nshould: {share:.2f}"
+    for name, share in zip(["OX", "SUN", "CAT", "78 characters"], shares, strict=True)
+]
+usual = Update(names_of, 4 * [1 / 4], shares)
+figure = plots.weights([usual], ["each text's mean, divided by 4"])
+figure.axes[0].set(xlabel="text", ylabel="share of the gradient")
+figure
 
 # %% surprise-ask [markdown]
 # Does it matter?
-# Here is the gradient of all four as one batch, and that of the usual loop, one sentence at a time.
-# `gradient` is the loop of most tutorials; its code is folded away just above the next cell.
+# Here is the loop of most tutorials.
+# It is run on all four as one batch, and on one text at a time.
 
 
-# %% surprise-loop tags=["hidden"]
+# %% surprise-loop
 def gradient(micro_batches):
     """The gradient as most tutorials do it: each mean loss over their number."""
     model.zero_grad()
@@ -61,26 +70,28 @@ def gradient(micro_batches):
 one_batch = gradient([sentences])
 one_by_one = gradient([[sentence] for sentence in sentences])
 apart = gradaccum.relative_error(one_by_one, one_batch)
-print(f"The same sentences, cut in two ways: {100 * apart:.0f} % apart.")
+print(f"The same texts, cut in two ways: {100 * apart:.0f} % apart.")
 
 # %% surprise-test tags=["test"]
 assert apart > 1.5
 
 # %% surprise-why [markdown]
-# The same sentences, the same model, and the second gradient is further from the first than no gradient at all would be: that is 100 %.
+# *Apart* is the length of the difference over the length of the right gradient.
+# No gradient at all would be 100 % apart: this one is worse.
 
 # %% how [markdown]
 # ### How a lesson works
 #
 # Run a cell with Shift + Enter and go down the page.
-# Before the important numbers you are asked for a guess: type it and press Enter, or Tab to your choice and press Enter.
+# Before the important numbers you are asked for a guess: click into the box, type it and press Enter, or click on your choice.
+# (By keyboard, Shift + Tab leads back up to it.)
 # Then go on with Shift + Enter: it opens the closed heading below, and the number appears beside your guess.
 # A wrong guess that you remember teaches more than a right number that you read.
 # Try it on the same loop:
 
 # %% how-guess tags=["nbval-ignore-output", "widget", "hidden"]
 equal_guess = widgets.predict(
-    "Four sentences of 18 characters each, through the usual loop. "
+    "Four texts of 18 characters each, through the usual loop. "
     "How far is it from the gradient of one batch?",
     choices={"0 %, but for rounding": 1e-5, "about 25 %": 25, "about 170 %": 170},
 )
@@ -100,7 +111,7 @@ assert apart < 1e-3
 # %% right [markdown]
 # So the usual loop is right where all pieces are equally large, and that is where most people test it.
 # The loop that this course builds counts the targets first, then divides.
-# The four sentences again:
+# The four texts again:
 
 
 # %% right-run
@@ -140,7 +151,7 @@ assert right < 1e-5
 #
 # Take them in this order: each opens with the loop that the one before ended with.
 # All of them run on a laptop without a GPU.
-# Two names come in most of them: `models.for_names()` gives names of Unicode characters, what turns them into numbers, and a model of two layers with the same first weights each time.
+# One call comes in most of them: `names, characters, model = models.for_names()` makes texts to learn (the names of Unicode characters), what turns them into numbers, and a model of two layers.
 #
 # Each lesson ends with a recap, and a table that says how your guesses did.
 # Here it is for this page:
@@ -148,13 +159,13 @@ assert right < 1e-5
 # %% how-recap-run tags=["hidden"]
 widgets.recap()
 
-# %% kept [markdown] tags=["folded"]
-# ## What is kept, and how to come back
-
 # %% how-more [markdown]
+# ## What is kept, and how to come back
+#
 # `make lab` opens copies of the notebooks, in the folder `work`: what you write stays there, and no update and no command of this course overwrites or deletes it.
 # To guess in earnest, choose *Edit*, *Clear Outputs of All Cells* before you begin: the pages come with what their cells printed.
 # After a break, or a kernel that died, run the set-up cell and go on at any section.
+# If a cell failed, the next section says what is missing on your machine.
 #
 # <details><summary>On Binder, Colab or Kaggle</summary>
 #
@@ -166,9 +177,6 @@ widgets.recap()
 
 # %% ready [markdown] tags=["folded"]
 # ## Is your machine ready?
-
-# %% ready-how [markdown]
-# If a cell above failed, run this one by itself: it says what is missing.
 
 # %% check tags=["nbval-ignore-output", "hidden"]
 import os

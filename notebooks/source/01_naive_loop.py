@@ -8,7 +8,7 @@
 # - predict how much quieter the gradient gets when the batch grows;
 # - predict how many more bytes a step then holds, and why a machine sets a limit.
 #
-# 20 minutes. You need to have seen a PyTorch model before, and no GPU.
+# 25 minutes. You need to have seen a PyTorch model before, and no GPU.
 
 # %% setup tags=["nbval-ignore-output"]
 import torch

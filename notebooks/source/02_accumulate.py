@@ -8,7 +8,7 @@
 # - predict what a delayed step does to the gradient, and what plain SGD makes of it;
 # - predict the peak memory of a window of small batches against one large batch.
 #
-# 20 minutes. It continues [lesson 1](01_naive_loop.ipynb).
+# 30 minutes. It continues [lesson 1](01_naive_loop.ipynb).
 
 # %% setup tags=["nbval-ignore-output"]
 import torch
@@ -77,7 +77,8 @@ assert updates == 8
 
 # %% factor-guess tags=["nbval-ignore-output", "widget", "hidden"]
 factor_guess = widgets.predict(
-    "How many times the gradient of the one batch of 32 is now in .grad?"
+    "Four backwards on 8 names each, no step yet: .grad is how many times the "
+    "gradient of the one batch of 32?"
 )
 
 # %% factor-came-out [markdown] tags=["folded"]
@@ -116,10 +117,10 @@ assert abs(error - (accumulation_steps - 1)) < 1e-5
 # %% solve [markdown]
 # ## What did each micro-batch get?
 #
-# `.grad` holds a sum, and a sum seems to forget what went into it.
-# Does it?
+# Does `.grad` forget what went into it?
+# If not, one can find faults in a loop by asking it, and later lessons do.
 #
-# It is some weight times the first micro-batch's gradient, plus another times the second's, and so on.
+# What it holds is some **weight** times the first micro-batch's gradient, plus another times the second's, and so on.
 # Four weights are unknown, and every number in `.grad` is one equation for them.
 # Least squares solves that in five lines.
 
@@ -168,12 +169,12 @@ assert unexplained < 1e-5
 # %% astray [markdown]
 # ## What does plain SGD make of it?
 #
-# SGD moves the weights by the learning rate times the gradient, so a longer gradient is a longer step.
-# Take a rate that suits the batch of 32, and train on with the delayed step.
+# SGD moves the model's weights by the learning rate times the gradient.
+# Take a learning rate of 4, with which the batch of 32 trains well, and train on with the delayed step.
 
 # %% astray-guess tags=["nbval-ignore-output", "widget", "hidden"]
 astray_guess = widgets.predict(
-    "SGD at a good rate for the batch of 32. Where is the loss after 24 delayed updates?",
+    "SGD at a rate of 4. Where is the loss after 24 delayed updates?",
     choices=[
         "a little lower than with the batch of 32",
         "a little higher",
@@ -209,7 +210,7 @@ times = delayed[-1] / whole[-1]
 choice = min(2, int(times > 1) + int(times > 100))
 astray_guess.reveal(
     astray_guess.choices[choice],
-    f"is where it is; with the batch of 32 it is {whole[-1]:.1f}",
+    f"({whole[-1]:.1f} with the batch of 32)",
     right=astray_guess.choices[choice],
 )
 
@@ -227,8 +228,8 @@ plots.lines(
 figure
 
 # %% astray-why [markdown]
-# A gradient four times too large is a learning rate four times too large.
-# The rate of 4 was near the largest that this model bears; with 16 each step overshoots further than the last.
+# A gradient four times too large is a learning rate four times too large: 16 in place of 4.
+# Then each step overshoots further than the last.
 
 # %% astray-test tags=["test"]
 assert whole[-1] < 2.5
@@ -380,7 +381,7 @@ assert four_pieces.at_peak["gradients"] == four_pieces.at_peak["parameters"]
 #
 # **Exercises**, which grade themselves: [say what `.grad` holds, find the gradients that got lost, and write the delayed step](exercises/02_exercises.ipynb).
 #
-# **Next**: the gradient is four times too large. Lesson 3 mends it with one line, and then asks why almost nobody would notice without that line.
+# **Next**: lesson 3 mends the length of the gradient with one line, and then asks who would notice without that line.
 
 # %% recap-guesses tags=["hidden"]
 widgets.recap()

@@ -8,7 +8,7 @@
 # - say how close it comes to the large batch, and why not closer;
 # - say which optimizers and settings notice a missing division, and test in a way that is not fooled.
 #
-# 25 minutes. It continues [lesson 2](02_accumulate.ipynb).
+# 30 minutes. It continues [lesson 2](02_accumulate.ipynb).
 
 # %% setup tags=["nbval-ignore-output"]
 import torch
@@ -214,7 +214,7 @@ for name in ("SGD", "Adam, L2 decay 0.1", "Adam, eps 0.001", "SGD, clipped at 0.
 # It divides a running mean of the gradient by the root of a running mean of its square, so a constant factor cancels.
 # If your only test is "it trains as well as before, with Adam", the missing division passes.
 
-# %% why-divide [markdown] tags=["folded"]
+# %% why-divide [markdown]
 # #### So why divide?
 #
 # Because everything that compares the gradient with *something else* notices.

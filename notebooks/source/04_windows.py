@@ -8,7 +8,7 @@
 # - write a loop in which clipping, schedule and logging have one obvious place;
 # - answer what happens to the learning rate and the number of updates.
 #
-# 30 minutes. It continues [lesson 3](03_normalize.ipynb).
+# 40 minutes. It continues [lesson 3](03_normalize.ipynb).
 
 # %% setup tags=["nbval-ignore-output"]
 import torch
@@ -145,8 +145,8 @@ assert 0.1 < leak < cleared < 1
 # %% once [markdown]
 # ## Once per update
 #
-# Three more things belong to the update and are easily left in the inner loop: clipping, the schedule, and what you log.
-# Say that all three run at each micro-batch, with k = 4, and the gradient's norm comes out right.
+# Three more things belong to the update and are easily left in the inner loop.
+# Clipping shortens a gradient that is too long; a schedule lowers the learning rate; and the log may take one micro-batch's loss for the window's.
 
 # %% once-guess tags=["nbval-ignore-output", "widget", "hidden"]
 once_guess = widgets.predict(
@@ -223,7 +223,7 @@ assert abs(wrong_rates[2] - 0.01) < 1e-6
 # %% patterns [markdown]
 # ## Which fault leaves which pattern?
 #
-# Seven faults so far: the leftover that leaks, the off-by-one, the wrong divisor, `zero_grad`, clipping, the schedule, the log.
+# Seven faults so far: the leftover that leaks, the off-by-one, the wrong divisor, `zero_grad` before each `backward()`, clipping, the schedule, the log.
 # Suppose that you meet a loop that you did not write, and it has one of them.
 # Read it, line by line?
 # Or ask what each micro-batch got?
@@ -294,13 +294,18 @@ right = [fault for fault, update in found.items() if update.kind == "right"]
 patterns_guess.reveal(" and ".join(right), "leave the weights right")
 
 # %% patterns-figure tags=["hidden"] alt="Bars and dashed outlines of seven updates. Leftover: a fourth micro-batch of another epoch has a bar and no outline. Off-by-one: one bar for three outlines. Divisor: a bar of a third in an outline of 1. zero_grad: only the third bar. Clipping: three bars that grow. Schedule and log: three bars that fill their outlines."
+from dataclasses import replace
+
 from IPython.display import display
 
 for fault, update in found.items():
     print(f"{fault:10} {update.kind}")
-four, three = list(found)[:4], list(found)[4:]
-display(plots.weights([found[each] for each in four], four))
-plots.weights([found[each] for each in three], three)
+shown = [  # numbered from 1, as above
+    replace(update, micro_batches=[number + 1 for number in update.micro_batches])
+    for update in found.values()
+]
+display(plots.weights(shown[:4], list(found)[:4]))
+plots.weights(shown[4:], list(found)[4:])
 
 # %% patterns-test tags=["test"]
 assert right == ["schedule", "log"]
@@ -352,12 +357,12 @@ for window in windows(micro_batches, accumulation_steps=3):  # new: the update
 
 # %% inside-out-why [markdown]
 # Read the loop aloud: *for each window: backward through its micro-batches, clip, step, schedule, clear.*
-# There is no `if`, no counter and no parity.
+# There is no `if`, no counter and no `% k`.
 # The last window divides by its own length, nothing leaks, and each thing that happens once per update stands once.
 #
 # `gradaccum` has this function in its finished form: it can be read again at each epoch, checks its arguments, and knows its length if the data does.
 # Test it: `full_batch_gradient` computes the gradient of your own loss of one batch, as one graph.
-# The batch holds all names of a window, so nothing of the loop's cutting and dividing is in what it is compared with.
+# The batch holds all names of a window and is not cut, so what it is compared with owes nothing to the loop.
 
 
 # %% module-run
@@ -458,7 +463,7 @@ for index, (label, losses) in enumerate(names_of.items()):
     ]
     by_samples.plot(seen, losses[: len(seen)], markevery=len(seen) // 8, **style)
     by_updates.plot(range(1, len(losses) + 1), losses, markevery=16, **style)
-by_samples.set(xlabel="names seen", ylabel="loss over all names, nats")
+by_samples.set(xlabel="names seen", ylabel="loss over all names")
 by_updates.set(xlabel="updates")
 by_updates.legend(frameon=False, handlelength=3)
 for label, losses in names_of.items():
@@ -479,7 +484,7 @@ assert large[-1] < small[-1]
 # Count warm-up, schedule, checkpoints and total steps in **updates**.
 
 # %% steps [markdown] tags=["folded"]
-# ### Is one window as good as k small steps?
+# ### Does one window move as far as k small steps?
 
 # %% steps-run
 moved = {}
@@ -530,7 +535,7 @@ assert moved["4 steps on 8 names"] > 2 * moved["1 step on the window of 32"]
 #
 # **Exercises**, which grade themselves: [group a stream, write an epoch, and repair the parity, the leak and the logged loss](exercises/04_exercises.ipynb).
 #
-# **Next**: all micro-batches had the same size so far. Lesson 5 lets the names have their real lengths, and `/ len(window)` breaks.
+# **Next**: all micro-batches had the same size so far. Lesson 5 lets the names have their real lengths.
 
 # %% recap-guesses tags=["hidden"]
 widgets.recap()

@@ -8,7 +8,7 @@
 # - say which bytes accumulation saves, which it adds, and what gives them back;
 # - choose between accumulation, 16 bits and checkpointing, and find the largest micro-batch that fits.
 #
-# 45 minutes. It continues [lesson 5](05_unequal_micro_batches.ipynb), and no GPU is needed.
+# 50 minutes. It continues [lesson 5](05_unequal_micro_batches.ipynb), and no GPU is needed.
 
 # %% setup tags=["nbval-ignore-output"]
 import torch

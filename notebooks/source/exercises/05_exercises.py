@@ -51,7 +51,7 @@ check("5.1", mean_weights)
 # %% hints-5-1 [markdown]
 # <details><summary>Where to look</summary>
 #
-# "Try it" at the end of lesson 5, and the loop in "Adam does not hide it, and the log looks better".
+# "Try it" at the end of lesson 5, and the rule *each mean x its share* in "Try other lengths".
 #
 # </details>
 # <details><summary>The relation in words</summary>
@@ -195,7 +195,7 @@ check("5.3", window_gradient)
 # %% hints-5-3 [markdown]
 # <details><summary>Where to look</summary>
 #
-# "A fix that lost the point" in lesson 5: what keeps a graph, and what frees it?
+# "Why not one backward at the end?" in lesson 5: what keeps a graph, and what frees it?
 #
 # </details>
 # <details><summary>The relation in words</summary>
@@ -293,7 +293,7 @@ check("5.4", is_right)
 # %% exercise-5-5 [markdown]
 # ## Exercise 5.5 Which sum, which count
 #
-# difficulty 4/5 | 25 minutes | 5 points
+# difficulty 4/5 | 35 minutes | 5 points
 #
 # To accumulate a loss of your own, you say what it sums and what it counts; nothing raises if you are wrong.
 #
@@ -524,7 +524,7 @@ check("5.6", read)
 # <details><summary>Where to look</summary>
 #
 # Your answer to 5.1: it is the weights of a right window.
-# And "Which libraries do what" in lesson 5 shows weights beside the right ones.
+# And "Does your library do it right?" in lesson 5 shows weights beside the right ones.
 #
 # </details>
 # <details><summary>The relation in words</summary>
