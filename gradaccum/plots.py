@@ -128,7 +128,7 @@ def weights(seen: Any, names: Sequence[str] = (), *, title: str = "") -> Figure:
         colour, hatch = COLOURS[number % len(DARK)], HATCHES[number % len(DARK)]
         axis.bar(places, update.weights, 0.8, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
         around = withStroke(linewidth=3.2, foreground="white")  # so that it shows on a dark bar
-        outline = {"fill": False, "edgecolor": "black", "linestyle": "--", "path_effects": [around]}
+        outline: dict[str, Any] = {"fill": False, "edgecolor": "black", "linestyle": "--", "path_effects": [around]}
         axis.bar(places, update.right, 0.8, linewidth=1.6 if many <= 16 else 0.9, **outline)
         if many <= 16:
             for x, weight, share in zip(places, update.weights, update.right, strict=True):
