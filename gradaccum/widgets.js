@@ -43,19 +43,37 @@
         const open = views.some(other => other !== view && asks(other) && !other.querySelector(".gradaccum-taken"));
         if (!open && !view.closest(".jupyter-widgets-disconnected")) goOn(view);
     };
+    const nextOf = cell => {
+        // JupyterLab may not have drawn it yet: the node that comes next is then another cell's.
+        const at = Number(cell?.dataset.windowedListIndex) + 1;
+        return at ? cell.parentElement.querySelector(`[data-windowed-list-index="${at}"]`) : cell?.nextElementSibling;
+    };
     const goOn = (view, frames = 60) => {
         const cell = view.closest(".jp-Cell");
         if (!cell?.contains(document.activeElement)) return;
-        // JupyterLab may not have drawn it yet: the node that comes next is then another cell's.
-        const at = Number(cell.dataset.windowedListIndex) + 1;
-        const next = at ? cell.parentElement.querySelector(`[data-windowed-list-index="${at}"]`)
-            : cell.nextElementSibling;
+        const next = nextOf(cell);
         const drawn = next?.offsetHeight > 0;
         if (drawn) next.focus({preventScroll: true});  // a long cell would push the question off the page
         view.scrollIntoView({block: drawn ? "nearest" : "center"});
         if (!drawn && frames) requestAnimationFrame(() => goOn(view, frames - 1));
     };
+    // Who has just run a question with Shift+Enter is on the next cell, where what they type would be commands: they
+    // are taken to the box or the first choice. Who has gone further meanwhile is left alone.
+    const takeTo = view => {
+        const first = asks(view) && view.querySelector("input, button"), active = document.activeElement;
+        if (!first || "reached" in view.dataset) return;  // its parts come one after the other
+        view.dataset.reached = "";
+        const next = active?.classList.contains("jp-Cell") && active === nextOf(view.closest(".jp-Cell"));
+        if (next && !view.querySelector(".gradaccum-taken")) first.focus();
+    };
     const listen = view => {
+        // There the same keys go on, with the guess that is typed or without one; JupyterLab would ask again.
+        view.addEventListener("keydown", event => {
+            if (event.key !== "Enter" || !event.shiftKey || !asks(view) || !view.closest(".jp-Cell")) return;
+            event.preventDefault();
+            event.stopPropagation();
+            goOn(view);
+        }, true);
         const later = pressed => pressed && asks(view) && setTimeout(guessed, 0, view, pressed);
         // On the way down, since ipywidgets lets no key of a box come up; later, since Enter has yet to send the text.
         view.addEventListener("keypress", event => event.key === "Enter" && later(event.target.closest("input")), true);
@@ -66,10 +84,11 @@
         const views = document.querySelectorAll(".gradaccum-view:not([data-named])");
         for (const view of views) {
             view.dataset.named = "";
-            new MutationObserver(() => name(view)).observe(
+            new MutationObserver(() => { name(view); takeTo(view); }).observe(
                 view, {subtree: true, childList: true, characterData: true, attributeFilter: ["aria-valuetext", "class"]});
             name(view);
             listen(view);
+            takeTo(view);
         }
         return views.length;
     };

@@ -127,7 +127,7 @@ def test_what_is_folded_opens_closed_and_stays_so(notebook):
 
 @pytest.mark.parametrize("stem", ["02_accumulate", "04_windows"])
 def test_shift_enter_walks_through_a_lesson(chromium, lab, stem):
-    """Without a guess, from the top: each code cell runs once and in order, and a closed heading opens."""
+    """Without a guess: each code cell runs once and in order, a closed heading opens, a question takes one press more."""
     notebook = Notebook(chromium, lab.address, f"notebooks/{stem}.ipynb")
     cells = notebook.page.evaluate("() => context.model.toJSON().cells")
     assert any("jp-MarkdownHeadingCollapsed" in cell["metadata"] for cell in cells)
@@ -141,6 +141,10 @@ def test_shift_enter_walks_through_a_lesson(chromium, lab, stem):
         if active in counts:
             notebook.wait_for_run(active, counts)
             ran.append(active)
+        if active.endswith("-guess"):
+            expect(notebook.output(active, ".gradaccum-view").locator("input, button").first).to_be_focused()
+            notebook.page.keyboard.press("Shift+Enter")
+            expect(notebook.output(active, ".gradaccum-view").locator("input, button").first).not_to_be_focused()
         assert presses <= len(cells), f"stuck at {active}"
     assert ran == [cell["id"] for cell in cells if cell["cell_type"] == "code"]
     assert presses == len(cells)
@@ -277,6 +281,28 @@ def test_after_a_guess_one_key_runs_the_next_cell(questions, way):
     expect(view).to_contain_text(f"You said {guess}. ")
     after = notebook.counts()
     assert {cell for cell in counts if counts[cell] != after[cell]} == {following}, "the question was asked again"
+
+
+@pytest.mark.parametrize("way", ["box", "click"])
+def test_a_question_that_was_run_takes_the_keys(questions, way):
+    """What is typed after Shift+Enter is a guess, not a command of JupyterLab; the same keys go on without one."""
+    notebook, keyboard = questions, questions.page.keyboard
+    for guess in ("", "12" if way == "box" else "this"):
+        notebook.ask(f"{QUESTIONS['setup']}; widgets._asked.clear()")
+        notebook.do("notebook:clear-all-cell-outputs")
+        notebook.select(way)
+        keyboard.press("Shift+Enter")
+        view = notebook.output(way, ".gradaccum-view[data-named]")
+        expect(view.locator("input, button").first).to_be_focused(timeout=30_000)
+        if guess:
+            keyboard.type("12" if way == "box" else "")
+            keyboard.press("Enter")
+            expect(view).to_contain_text(f"You said {guess}.")
+        else:
+            keyboard.press("Shift+Enter")
+        expect(notebook.cell(f"{way}-run")).to_be_focused()
+        assert notebook.focus() == (f"{way}-run", "command")
+        assert ("You said" in view.inner_text()) is bool(guess)
 
 
 def test_the_focus_stays_without_a_guess(questions):

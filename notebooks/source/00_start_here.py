@@ -83,9 +83,10 @@ assert apart > 1.5
 # ### How a lesson works
 #
 # Run a cell with Shift + Enter and go down the page.
-# Before the important numbers you are asked for a guess: click into the box, type it and press Enter, or click on your choice.
-# (By keyboard, Shift + Tab leads back up to it.)
+# Before the important numbers you are asked for a guess.
+# Type it and press Enter, or Tab to your choice and press Enter; the mouse will do as well.
 # Then go on with Shift + Enter: it opens the closed heading below, and the number appears beside your guess.
+# Without a guess the same keys go on, and the number stays closed until you click on it.
 # A wrong guess that you remember teaches more than a right number that you read.
 # Try it on the same loop:
 
