@@ -302,7 +302,7 @@ check("5.4", is_right)
 # It returns the pair that `accumulate` needs of a micro-batch: a sum and a count.
 #
 # - `loss` is the name of one of the five functions, such as `"weighted"`.
-# - `micro_batch` is a pair `(x, y)`, some rows of the batch: `x` of shape `(rows, width)`, or `(rows, length, width)` for text, `y` as the function says. Rows and length differ from one to the next, and in some nothing of `y` counts.
+# - `micro_batch` is a pair `(x, y)`, some rows of the batch: `x` of shape `(rows, width)`, or `(rows, length, width)` for text, `y` as the function says. Rows and length differ from one to the next, and some have no target at all.
 # - The sum is a tensor of shape `()` with its graph, and the count a number. Added up over the micro-batches, the sums divided by the counts are the loss of the whole batch, with its gradient.
 # - For one of the losses no sum and no count can do that: there, return `None`.
 #
@@ -458,17 +458,17 @@ check("5.5", sum_and_count)
 #
 # - `weights` is a list of floats. They are measured: what should be equal differs by less than 1e-5, and all else by 0.01 or more.
 # - `counts` is a list of ints, how many items each micro-batch has. Some may be 0, but not all.
-# - The window has `accumulation_steps` micro-batches, or fewer at the end of an epoch.
+# - The window has `accumulation_steps` (k) micro-batches, or fewer at the end of an epoch.
 # - The loop has one of these faults, or none.
 #
 # | name | what the loop does |
 # |---|---|
 # | `"right"` | nothing wrong, and nothing had to be clipped |
 # | `"not divided"` | adds the mean losses, or the summed losses, as they are |
-# | `"each mean over k"` | divides each mean by the number of micro-batches in its window |
+# | `"each mean over k"` | divides each mean by the number of micro-batches in its window (k, if it is full) |
 # | `"a partial window over k"` | divides each mean by `accumulation_steps`, in a window with fewer |
 # | `"only the last micro-batch"` | clears the gradients before each `backward()` |
-# | `"clipped or divided inside"` | clips the gradients after each `backward()` |
+# | `"clipped or divided inside"` | clips the gradients after each `backward()`; an audit cannot tell that from dividing them there |
 #
 # | line | |
 # |---|---|
