@@ -173,3 +173,17 @@ def test_solved_it_has_full_points_and_nbval_finds_the_same_again(tmp_path):
     command = [sys.executable, "-m", "pytest", *options, str(tmp_path), "--rootdir", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]
+
+
+@each_lesson
+def test_hints_name_headings_that_there_are(lesson):
+    (path,) = (build.NOTEBOOKS).glob(f"{lesson:02}_*.ipynb")
+    page = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells)
+    named = [
+        each for cell in cells(handed_out(lesson), "hints") for each in re.findall(r'"([A-Z][^"\n]+)"', cell.source)
+    ]
+    errors = {"Trying to backward through the graph a second time"}  # what torch says
+    for each in set(named) - errors:
+        assert re.search(
+            rf"^#+ {re.escape(each)}$|\*\*{re.escape(each)}\.\*\*|\[\"{re.escape(each)}\"\]", page, re.M
+        ), each
