@@ -1,7 +1,7 @@
 # %% promise [markdown]
-# # 4. Windows: the update is the outer loop
+# # 4. Windows: where does an update belong?
 #
-# You break the loop of lesson 3 at each of its edges, then turn it inside out, so that the edges are gone.
+# You break the loop of lesson 3 at each of its edges, and then write one that has none.
 #
 # After this lesson you can
 # - find the seven usual faults of an accumulation loop, and tell most of them by their weights;

@@ -1,7 +1,7 @@
 # %% promise [markdown]
-# # 5. Unequal micro-batches: count first, then divide
+# # 5. Unequal micro-batches: divided by what?
 #
-# You let the names have their real lengths, watch the division by k fail, and write the loop that does not.
+# You let the names have their real lengths, see what the division by k does to them, and write the loop that is right for any lengths.
 #
 # After this lesson you can
 # - say when the mean of means is not the mean;
