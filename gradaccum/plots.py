@@ -134,7 +134,8 @@ def weights(seen: Any, names: Sequence[str] = (), *, title: str = "") -> Figure:
             for x, weight, share in zip(places, update.weights, update.right, strict=True):
                 top = max(weight, share) if abs(weight - share) < 0.1 * highest else max(weight, 0.0)  # not on a line
                 shown = weight if abs(weight) > 1e-3 * highest else 0.0  # not what solving leaves in the last digits
-                axis.annotate(f"{shown:.2g}", (x, top), (0, 3), textcoords="offset points", ha="center")
+                label = f"{shown:.2g}".replace("0.", ".", 1) if 0 < abs(shown) < 1 else f"{shown:.2g}"  # narrow bars
+                axis.annotate(label, (x, top), (0, 3), textcoords="offset points", ha="center")
         if len(updates) <= 4 and places:
             head = "\n".join(wrap(heads[number], max(10, int(9 * width) * len(places) // many), break_long_words=False))
             axis.text((places[0] + places[-1]) / 2, 1.14 * highest, head, ha="center", va="bottom", color=colour)

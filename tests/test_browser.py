@@ -127,7 +127,7 @@ def test_what_is_folded_opens_closed_and_stays_so(notebook):
 
 @pytest.mark.parametrize("stem", ["02_accumulate", "04_windows"])
 def test_shift_enter_walks_through_a_lesson(chromium, lab, stem):
-    """Without a guess: each code cell runs once and in order, a closed heading opens, a question takes one press more."""
+    """Without a guess: each code cell runs once and in order, a closed heading opens, a question takes a press more."""
     notebook = Notebook(chromium, lab.address, f"notebooks/{stem}.ipynb")
     cells = notebook.page.evaluate("() => context.model.toJSON().cells")
     assert any("jp-MarkdownHeadingCollapsed" in cell["metadata"] for cell in cells)

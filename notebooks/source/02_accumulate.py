@@ -140,7 +140,7 @@ def collected(*starts):
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 
-starts = [0, 8, 16, 24]
+starts = [0, 8, 16, 24]  # and the five lines:
 total = collected(*starts)
 pieces = torch.stack([collected(start) for start in starts], dim=1)
 weights = torch.linalg.lstsq(pieces, total[:, None]).solution.flatten()
