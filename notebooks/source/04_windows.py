@@ -269,6 +269,11 @@ def train(micro_batches, fault, k=3):
 
 
 # %% patterns-run
+import warnings
+
+warnings.filterwarnings("ignore", "Detected call of")  # torch warns of "schedule"
+
+
 def loss_sum(micro_batch):
     """The sum of the losses of one micro-batch."""
     logits = model(micro_batch[0]).flatten(0, 1)
