@@ -68,7 +68,7 @@ def one_at_a_time(case):
 
 
 def windows(draw):
-    return lesson_05.unequal(draw) + window_of([[3, 1], [0, 0], [2]])(draw)
+    return lesson_05.unequal(draw) + window_of([[3, 1], [0, 0], [2]], [[2, 1], [3], [4, 1]])(draw)
 
 
 KEPT = "the gradient is that of the mean loss over all targets of the window, in the next epoch too"

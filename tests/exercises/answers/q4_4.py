@@ -160,7 +160,22 @@ RIGHT = [
     by_autograd,
     before_the_update,
 ]
+
+
+def by_the_longest(model, optimizer, schedule, windows, max_norm):
+    most = max(map(len, windows))
+    return once(divisor=lambda window: most)(model, optimizer, schedule, windows, max_norm)
+
+
+def twice_for_a_shorter(model, optimizer, schedule, windows, max_norm):
+    full = len(windows[0])
+    divisor = lambda window: len(window) * (1 if len(window) == full else 2)  # noqa: E731
+    return once(divisor=divisor)(model, optimizer, schedule, windows, max_norm)
+
+
 WRONG = [
+    by_the_longest,
+    twice_for_a_shorter,
     once(lambda losses: losses[0].item()),
     once(lambda losses: str(mean(losses))),
     once(lambda losses: round(mean(losses), 3)),
@@ -192,7 +207,7 @@ NAMED = [
     (before_the_epoch,),
 ]
 WEIGHED = [
-    (once(inside="clip", after="step schedule clear"), "s 0.00478, 0.0128, 0.0485 and should have 0.0364 each.", ""),
+    (once(inside="clip", after="step schedule clear"), "s 0.0253, 0.0666, 0.156 and should have 0.0809 each.", ""),
     (once(clip=lambda parameters, max_norm: clip_grad_norm(parameters, max_norm / 2)), "s ", ""),
     (once(divisor=lambda window: len(window) + 1), "s 1/4 each and should have 1/3 each", ""),
     (once(clip=clips_each), "", "of this gradient is no weighted sum"),

@@ -24,8 +24,17 @@ def divides_by_those_so_far(model, micro_batches):
     return total / count
 
 
+def equal_counts_once(model, micro_batches):
+    count, total = sum({int(fills.count_of([each])) for each in micro_batches}), 0.0
+    for micro_batch in micro_batches:
+        loss = fills.loss_sum(model, micro_batch) / count
+        loss.backward()
+        total += loss.item()
+    return total
+
+
 RIGHT = fills.RIGHT
-WRONG = fills.WRONG
+WRONG = [*fills.WRONG, equal_counts_once]
 NAMED = [
     *fills.NAMED,
     (empties_last, "cleared_at_the_end"),
