@@ -47,7 +47,7 @@ class Score(float):
             lines += [f"  {_verdict(result)[0]:10} {result.name} ({_worth(result)})"]
             lines += [f"             {line}" for line in _details(result)]
         lines += [f"This looks like: {outcome.mistake}"] if outcome.mistake else []
-        lines += [f"What the gradient shows: {outcome.said}"] if outcome.said else []
+        lines += [f"What the weights show: {outcome.said}"] if outcome.said else []
         lines += [self.so_far] if self.so_far else []
         return "\n".join(lines)
 
@@ -153,7 +153,7 @@ def _card(outcome: Outcome, so_far: str = "") -> str:
     if outcome.mistake:
         parts.append(f"<p><b>This looks like:</b> {text(outcome.mistake)}</p>")
     if outcome.said:
-        parts.append(f"<p><b>What the gradient shows:</b> {text(outcome.said)}</p>")
+        parts.append(f"<p><b>What the weights show:</b> {text(outcome.said)}</p>")
     if outcome.printed.strip():
         shown = f"<pre style='white-space:pre-wrap'>{html.escape(outcome.printed)}</pre>"
         parts.append(f"<details><summary>What your code printed</summary>{shown}</details>")

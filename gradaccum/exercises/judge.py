@@ -12,7 +12,7 @@ from gradaccum.exercises.run import Observed, Seen, observe, quietly, watch
 from gradaccum.exercises.weighing import Weights, weigh
 
 LEFT = "what it is given is left as it was"
-UNKNOWN = "Something else is wrong too: mend this first, then run the check again."
+UNKNOWN = "There may be more: mend this first, then run the check again."
 
 
 class Result(NamedTuple):

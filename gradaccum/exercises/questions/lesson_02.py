@@ -59,8 +59,8 @@ def collect(model, micro_batches, factor=1.0):
 
 
 @mistake(
-    "Only the last micro-batch of a window reaches the step: either the gradients are cleared for each micro-batch, or "
-    "backward() is called for the last one alone; call it for each, and clear once per window."
+    "Only the last micro-batch of a window reaches the step: the gradients are cleared or overwritten for each "
+    "micro-batch, or backward() is called for the last one alone; call it for each, and clear once per window."
 )
 def cleared_inside(model, optimizer, micro_batches):
     for inputs, targets in micro_batches:
@@ -79,8 +79,8 @@ def not_cleared(model, optimizer, micro_batches):
 
 
 @mistake(
-    "The weights do not move: either nothing calls optimizer.step(), or the gradients are cleared before it can read "
-    "them; step after a window's last backward(), then clear."
+    "The weights do not move: nothing calls optimizer.step(), the gradients are cleared before it can read them, or no "
+    "backward reaches the weights; step after a window's last backward(), then clear."
 )
 def cleared_before_step(model, optimizer, micro_batches):
     collect(model, micro_batches)

@@ -194,8 +194,8 @@ LOOPS = [  # name, sentence, when it steps, when it clears, and such divisors
     ),
     (
         "cleared_inside",
-        "Only the last micro-batch of a window is left: either the gradients are cleared inside the window, which "
-        "belongs after the update, or backward comes after the window's loop, where it belongs inside.",
+        "Only the last micro-batch of a window is left: the gradients are cleared or overwritten inside the window, or "
+        "backward is called for the last one alone; call it for each, and clear after the update.",
         *(ends, always, ENDING),
     ),
     (

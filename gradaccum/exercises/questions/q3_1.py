@@ -120,8 +120,8 @@ def divided_by_those_so_far(model, micro_batches):
 
 
 cleared_inside = mistake(
-    "Only the last micro-batch is left: either the gradients are cleared inside the loop, which belongs before or "
-    "after it, or backward comes after the loop, where it belongs inside."
+    "Only the last micro-batch is left: the gradients are cleared or overwritten inside the loop, or backward is "
+    "called for the last one alone; call it for each, and leave .grad alone in between."
 )(lesson_03.cleared_inside)
 
 
