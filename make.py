@@ -306,7 +306,7 @@ def lab_options(root: Path) -> list[str]:
 
 def lab(port: int | None, browser: bool, cuda: bool) -> int:
     """Open JupyterLab on the first lesson; Ctrl-C stops it at once."""
-    options = [*lab_options(ROOT), "--Application.log_level=ERROR"]  # the address, which is CRITICAL, comes alone
+    options = lab_options(ROOT)
     if port is not None:  # who names a port means that one; else JupyterLab takes the next free one from 8888 on
         if not 1 <= port <= 65535:
             sys.exit(f"Port {port} does not exist: choose one from 1024 to 65535.")
