@@ -403,7 +403,7 @@ def test_after_a_killed_kernel_every_question_goes_on_from_the_set_up(lesson):
     with build.kernel(notebook) as client:
         for question in exercises.questions_of(lesson):
             own = question.id.replace(".", "-")
-            names = ["forget", "setup", *(f"{role}-{own}" for role in ("answer", "try", "check"))]
+            names = ["forget", "setup", *(f"{role}-{own}" for role in ("losses", "answer", "try", "check"))]
             chosen = [cell for cell in notebook.cells if cell.id in names]
             build.run_cells(client, [forget, *chosen[:-1]])
     assert scores(notebook) == {question.id: question.points for question in exercises.questions_of(lesson)}

@@ -563,12 +563,7 @@ def lab(folder, log, seconds, end):
         process.send_signal(end)
     assert process.wait(60) == 0
     assert psutil.wait_procs(family, timeout=10)[1] == []
-    text = log.read_text("utf-8")
-    assert "Traceback" not in text
-    after = text.partition("Ctrl-C stops it.")[2]
-    assert not re.search(r"\[[IWE] |Warning", after), (
-        f"the address is to be seen at once, and not among others: {after}"
-    )
+    assert "Traceback" not in log.read_text("utf-8")
 
 
 @posix

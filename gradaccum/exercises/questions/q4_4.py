@@ -37,10 +37,7 @@ def parts(case, got):
 
 
 def windows_drawn(draw):
-    """Draw windows whose gradients are longer than max_norm, or not; a last one with fewer micro-batches is not.
-
-    Clipped to the same length, it would hide its divisor.
-    """
+    """Draw windows with gradients longer than max_norm, or not; a shorter window's, clipped, would hide its divisor."""
     short = [3, 3, draw.randrange(1, 3)], [*draw.sample([16, 0.1], 2), 0.1]
     for lengths, times in (short, ([2, 2, 2], draw.sample([16, 16, 0.1], 3))):
         drawn = {"windows": lengths, "size": draw.randrange(1, 5), "seed": draw.randrange(10**6)}
