@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import nbformat
@@ -555,7 +555,12 @@ def lab(folder, log, seconds, end):
             assert process.poll() is None, log.read_text("utf-8")
             assert time.perf_counter() - begin < seconds, log.read_text("utf-8")
             time.sleep(0.2)
-        assert ask("GET", "/api").status == 200
+        while True:  # it prints its address a moment before it listens
+            with suppress(ConnectionRefusedError):
+                assert ask("GET", "/api").status == 200
+                break
+            assert time.perf_counter() - begin < seconds
+            time.sleep(0.1)
         print(f"from the command to an answer: {time.perf_counter() - begin:.1f} s")
         yield process, ask
     finally:
