@@ -6,7 +6,6 @@
 # Divide by what?
 # By the number of pieces, said the libraries that everyone used, and for texts of unequal length that is wrong.
 # It was pointed out in 2021, and mended in October 2024 (huggingface/transformers#34191).
-# In between the losses went down all the same.
 #
 # This page takes 15 minutes.
 # Press Shift + Enter now, and again and again: each press runs one cell and goes on.
