@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gradaccum
 from gradaccum.memory import measure_memory, plan_micro_batches, predict_memory
+from gradaccum.memory.pretend import WORKSPACE
 from gradaccum.models import GPT, embedding_linear
 
 SEED, HALVES = 20, ("calibration", "held-out")  # the prediction may be mended on the first; the claim is the second's
@@ -156,7 +157,7 @@ class Cpu:
 
 
 class Cuda:
-    """Reads the GPU's counters. `limit` is what may be held beyond `baseline`, the libraries' workspaces."""
+    """Reads the GPU's counters. `limit` is what may be held, the workspaces that a prediction counts included."""
 
     kind = "cuda"
 
@@ -165,7 +166,7 @@ class Cuda:
         for precision in ("float32", "autocast", "bf16"):
             one = Configuration("small GPT", 2, 2, "adamw", precision)
             update(one, "cuda", *build(one, "cuda"))
-        self.limit, self.baseline = None, self.settled()
+        self.limit, self.baseline = None, max(0, self.settled() - 2 * WORKSPACE)  # what no prediction counts
         self.room, self.total = torch.cuda.mem_get_info()
         driver = subprocess.getoutput("nvidia-smi --query-gpu=driver_version --format=csv,noheader")
         settings = {name: value for name, value in os.environ.items() if "ALLOC_CONF" in name}
@@ -183,7 +184,7 @@ class Cuda:
         return torch.cuda.memory_allocated()
 
     def updates(self, one: Configuration, sizes: list[int] | None = None) -> dict[str, Any]:
-        found = {"before_bytes": [self.settled()]}  # the baseline, if nothing was left behind
+        found = {"before_bytes": [self.settled()]}  # workspaces alone, if nothing was left behind
         limit = self.total if self.limit is None else self.limit + self.baseline
         torch.cuda.set_per_process_memory_fraction(limit / self.total)
         built = build(one, "cuda", sizes)

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
 
 from gradaccum.memory import ROLES, Held, measure_memory, predict_memory
-from gradaccum.memory.device import DeviceCounters
+from gradaccum.memory.measure import DeviceCounters
 from gradaccum.models import GPT, embedding_linear
 
 lesson = partial(embedding_linear, 100, 32)

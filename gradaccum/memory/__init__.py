@@ -1,6 +1,7 @@
 """What a training step holds in memory: measured to the byte, predicted for a device, planned for a budget."""
 
-from gradaccum.memory.measure import ROLES, Held, MemoryReport, measure_memory
+from gradaccum.memory.follow import ROLES, Held
+from gradaccum.memory.measure import MemoryReport, measure_memory
 from gradaccum.memory.plan import MicroBatchPlan, plan_micro_batches
 from gradaccum.memory.predict import PredictedMemory, predict_memory
 

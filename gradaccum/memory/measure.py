@@ -1,47 +1,15 @@
-"""What a step holds in memory, by role, to the byte: every storage is followed from its making to its end."""
+"""What a step holds in memory, by role: to the byte on a CPU, by the device's own counters on an accelerator."""
 
 from __future__ import annotations
 
 import heapq
-import sys
-import weakref
 from collections.abc import Iterable, Mapping
-from itertools import accumulate
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-# Private, but the only way to see each operation's result, those of backward too, without touching the model.
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from gradaccum.memory.device import CPU, DeviceCounters, chosen_device, storages_on
-
-# What a storage is called at first because of when it was made; it may turn out to be a gradient or a state.
-_PASSING: Final = ("activations", "backward temporaries", "optimizer temporaries")
-ROLES: Final = ("parameters", "gradients", "optimizer state", "inputs", *_PASSING)
-_aten = torch.ops.aten
-# These give a tensor made out of sight of the mode (torch.tensor, copy.deepcopy, torch.load), so that its
-# storage is new although it comes in as an argument. (A deep copy of a tensor that was not given counts both.)
-_UNSEEN = (_aten.lift_fresh.default, _aten.set_.source_Storage, _aten.set_.source_Storage_storage_offset)
-
-
-class Held(NamedTuple):
-    """One storage that was held at the peak: its size, its role, what made it, and the first tensor seen on it.
-
-    Attributes:
-        nbytes: its size in bytes.
-        role: one of `ROLES`.
-        operator: the operation that made it, such as "aten.mm", or "given" for what was known at the start.
-        shape: of the first tensor seen on it.
-        dtype: of the same tensor.
-    """
-
-    nbytes: int
-    role: str
-    operator: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+from gradaccum.memory.follow import CPU, Following, Held, storages_on
 
 
 class MemoryReport:
@@ -110,7 +78,7 @@ class MemoryReport:
         return "\n".join([head, *rows])
 
 
-class measure_memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class measure_memory(Following):  # type: ignore[no-untyped-call]
     """Measure what a block of code holds in memory, on the CPU to the byte and as what.
 
     On a CPU every tensor storage is followed from the operation that makes it until it is free. A storage counts
@@ -171,49 +139,19 @@ class measure_memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(
         self, *known: object, device: str | torch.device | None = None, roles: bool = False, timeline: bool = False
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._timeline = timeline
-        self._live: dict[int, _Record] = {}
-        self._gone: list[_Record] = []  # alive at the peak, free since; all that are free, for a timeline
-        # Time is counted in storages made and freed.
-        self._clock = self._start_at = self._peak_at = self._held = self._peak = 0
-        self._step_task: int | None = None
-        self._known: dict[str, list[Any]] = {role: [] for role in ROLES}
-        self._optimizers = weakref.WeakSet[torch.optim.Optimizer]()
-        self._compiled = ""
+        found: dict[str, list[Any]] = {role: [] for role in self.roles}
+        optimizers, compiled = list[torch.optim.Optimizer](), set[str]()
         for thing in known:
-            self._sort(thing, nested=False)
-        tensors = self._known["parameters"] + self._known["inputs"]
-        self._device = chosen_device(device, tensors)
-        self._counters = None if self._device is CPU else DeviceCounters(self._device)
-        self._follows = self._device is CPU or roles or timeline
-        if self._follows and self._compiled:
-            given = f"measure_memory was given a compiled {self._compiled} and would measure it uncompiled"
+            _sort(thing, found, optimizers, compiled)
+        chosen = chosen_device(device, found["parameters"] + found["inputs"])
+        self._counters = None if chosen is CPU else DeviceCounters(chosen)
+        self._follows = chosen is CPU or roles or timeline
+        if self._follows and compiled:
+            given = f"measure_memory was given a compiled {min(compiled)} and would measure it uncompiled"
             raise NotImplementedError(f"{given}: give it the plain module, and run that one in the block.")
-        leaves = [tensor for tensor in tensors if tensor.is_leaf]
-        self._known["gradients"] += [leaf.grad for leaf in leaves]
-        self._leaves = weakref.WeakValueDictionary({id(leaf): leaf for leaf in leaves})
+        super().__init__(found, optimizers, chosen, timeline)
         if self._follows:
             list(storages_on(self._device, self._known))  # refuses what cannot be, before anything is changed
-
-    def _sort(self, thing: object, nested: bool) -> None:
-        if isinstance(thing, Tensor):
-            self._known["inputs"].append(thing)
-        elif isinstance(thing, nn.Module):
-            # The two marks that torch.compile(module) and module.compile() leave, read without importing dynamo.
-            if any("_orig_mod" in m._modules or vars(m).get("_compiled_call_impl") for m in thing.modules()):
-                self._compiled = type(thing).__name__
-            self._known["parameters"] += (*thing.parameters(), *thing.buffers())
-        elif isinstance(thing, torch.optim.Optimizer):
-            self._known["parameters"] += (parameter for group in thing.param_groups for parameter in group["params"])
-            self._known["optimizer state"] += (thing.state, thing.param_groups)
-            self._optimizers.add(thing)
-        elif isinstance(thing, list | tuple | Mapping):
-            for item in thing.values() if isinstance(thing, Mapping) else thing:
-                self._sort(item, nested=True)
-        elif not (nested and (thing is None or isinstance(thing, str | bytes | int | float))):
-            given = f"measure_memory was given {thing!r:.80}, a {type(thing).__name__}"
-            raise TypeError(f"{given}: give it modules, optimizers, tensors, or lists, tuples and dicts of them.")
 
     def __enter__(self) -> MemoryReport:
         if not self._known:
@@ -226,40 +164,18 @@ class measure_memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._report.start_bytes, self._start_at = start if self._counters else self._held, self._clock
         return self._report
 
-    def _start_following(self) -> None:
-        for role, trees in self._known.items():
-            for storage, tensor in storages_on(self._device, trees):
-                if self._is_new(storage, tensor, "given"):
-                    self._add(storage, tensor, "given", role)
-        trained = [leaf for leaf in self._leaves.values() if leaf.requires_grad]
-        self._hooks = [leaf.register_post_accumulate_grad_hook(self._after_gradient) for leaf in trained]
-        for one in self._optimizers:
-            self._hooks += one.register_step_pre_hook(self._before_step), one.register_step_post_hook(self._after_step)
-        super().__enter__()  # type: ignore[no-untyped-call]
-
     def __exit__(self, *error: Any) -> None:
-        if self._follows:
-            super().__exit__(*error)  # type: ignore[no-untyped-call]
-            for hook in self._hooks:
-                hook.remove()
+        records = self._stop_following(*error) if self._follows else []
         if self._counters:
             self._report.peak_bytes, self._report.end_bytes = self._counters.stop()
         self._report.reserved_bytes = (self._counters and self._counters.reserved_bytes) or None
-        if self._follows:
-            self._report_followed()
-
-    def _report_followed(self) -> None:
-        # Once more, for a .grad that was assigned by hand and for a first step that was interrupted.
-        self._label([leaf.grad for leaf in self._leaves.values()], "gradients")
-        self._label([(one.state, one.param_groups) for one in self._optimizers], "optimizer state")
-        # Taken away first, so that what the garbage collector frees meanwhile does not change what is added up.
-        live, self._live = self._live, {}
+        if not self._follows:
+            return
         self._report.followed_bytes = self._peak
         if not self._counters:
             self._report.peak_bytes, self._report.end_bytes = self._peak, self._held
-        records = [*self._gone, *live.values()]
         at_peak = [record for record in records if record.born <= self._peak_at < record.died]
-        self._report.at_peak = dict.fromkeys(ROLES, 0)
+        self._report.at_peak = dict.fromkeys(self.roles, 0)
         for record in at_peak:
             self._report.at_peak[record.role] += record.nbytes
         ten = heapq.nlargest(10, at_peak, key=lambda record: (record.nbytes, -record.born))
@@ -267,94 +183,125 @@ class measure_memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._timeline:
             self._report.timeline = self._follow_up(records)
 
-    def _follow_up(self, records: Iterable[_Record]) -> dict[str, list[int]]:
-        changes = {role: [0] * (self._clock - self._start_at + 1) for role in ROLES}
-        for record in records:
-            changes[record.role][max(0, record.born - self._start_at)] += record.nbytes
-            if record.died <= self._clock:
-                changes[record.role][max(0, record.died - self._start_at)] -= record.nbytes
-        return {role: list(accumulate(change)) for role, change in changes.items()}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation, and follow the storages that it made."""
-        result = func(*args, **(kwargs or {}))
-        made = {id(pair[0]): pair for pair in storages_on(self._device, result) if self._is_new(*pair, func)}
-        if made and func not in _UNSEEN:
-            # An argument's storage that is not followed was made before the block, and so is not counted.
-            for storage, _ in storages_on(self._device, [args, kwargs]):
-                made.pop(id(storage), None)
-        for storage, tensor in made.values():
-            if func is not _aten.lift_fresh.default or storage.resizable():  # else NumPy owns the memory
-                self._add(storage, tensor, func, self._role_now())
-        return result
-
-    def _role_now(self) -> str:
-        # Private: nothing public tells whether a backward is running, and which.
-        task: int = torch._C._current_graph_task_id()
-        # step() works without gradients; a closure that it calls does not, nor does the code after a step that
-        # failed. A closure's backward is another task than the one (-1: none) that step() was called from.
-        if task == self._step_task and not torch.is_grad_enabled():
-            return "optimizer temporaries"
-        return "activations" if task == -1 else "backward temporaries"
-
-    def _is_new(self, storage: torch.UntypedStorage, tensor: Tensor, operator: Any) -> bool:
-        record = self._live.get(id(storage))
-        if record is not None and record.nbytes != self._size(storage):  # resized: as if freed and made again
-            self._free(record)
-            self._add(storage, tensor, operator, record.role)
-        return record is None
-
-    def _size(self, storage: torch.UntypedStorage) -> int:
-        return storage.nbytes()  # a prediction rounds it up as a device would
-
-    def _add(self, storage: torch.UntypedStorage, tensor: Tensor, operator: Any, role: str) -> None:
-        # torch keeps a storage's Python object for as long as the storage lives, so its id serves as a key.
-        self._live[id(storage)] = record = _Record(storage, self._free)
-        record.key, record.nbytes, record.role = id(storage), self._size(storage), role
-        record.first = operator, tensor.shape, tensor.dtype
-        # From here on no call, during which the garbage collector might free something else.
-        self._clock += 1
-        record.born = self._clock
-        self._held += record.nbytes
-        if self._held > self._peak:
-            self._peak, self._peak_at = self._held, self._clock
-            if not self._timeline:
-                self._gone.clear()
-
-    def _free(self, record: _Record) -> None:
-        if self._live.get(record.key) is record:  # else it was resized, and a younger record follows it
-            del self._live[record.key]
-            self._held -= record.nbytes
-            self._clock += 1
-            record.died = self._clock
-            if self._timeline or record.born <= self._peak_at:
-                self._gone.append(record)
-
-    def _label(self, tree: object, role: str) -> None:
-        for storage, _ in storages_on(self._device, tree):
-            record = self._live.get(id(storage))
-            if record is not None and record.role in _PASSING:
-                record.role = role
-
-    def _after_gradient(self, leaf: Tensor) -> None:
-        self._label(leaf.grad, "gradients")
-
-    def _before_step(self, optimizer: torch.optim.Optimizer, *call: object) -> None:
-        self._step_task = torch._C._current_graph_task_id()
-        self._label([[leaf.grad for leaf in group["params"]] for group in optimizer.param_groups], "gradients")
-
-    def _after_step(self, optimizer: torch.optim.Optimizer, *call: object) -> None:
-        self._step_task = None
-        # The groups for a learning rate that is a tensor; what else they hold are parameters, labelled before.
-        self._label([optimizer.state, optimizer.param_groups], "optimizer state")
+def _sort(
+    thing: object,
+    known: dict[str, list[Any]],
+    optimizers: list[torch.optim.Optimizer],
+    compiled: set[str],
+    nested: bool = False,
+) -> None:
+    """Put a thing where it belongs, by role; note an optimizer, and the name of a compiled module."""
+    if isinstance(thing, Tensor):
+        known["inputs"].append(thing)
+    elif isinstance(thing, nn.Module):
+        # The two marks that torch.compile(module) and module.compile() leave, read without importing dynamo.
+        if any("_orig_mod" in m._modules or vars(m).get("_compiled_call_impl") for m in thing.modules()):
+            compiled.add(type(thing).__name__)
+        known["parameters"] += (*thing.parameters(), *thing.buffers())
+    elif within := optimizers_in(thing):
+        for each in within:
+            known["parameters"] += (parameter for group in each.param_groups for parameter in group["params"])
+            known["optimizer state"] += (each.state, each.param_groups)
+        optimizers += within
+    elif isinstance(thing, list | tuple | Mapping):
+        for item in thing.values() if isinstance(thing, Mapping) else thing:
+            _sort(item, known, optimizers, compiled, nested=True)
+    elif not (nested and (thing is None or isinstance(thing, str | bytes | int | float))):
+        given = f"measure_memory was given {thing!r:.80}, a {type(thing).__name__}"
+        raise TypeError(f"{given}: give it modules, optimizers, tensors, or lists, tuples and dicts of them.")
 
 
-class _Record(weakref.ref[torch.UntypedStorage]):
-    """A weak reference to a storage, and what is known about it: its key, its times, its size, role and maker."""
+def optimizers_in(thing: object) -> list[torch.optim.Optimizer]:
+    """Return the optimizer itself, or those that a wrapper holds: what accelerate or Fabric make of one has no hooks.
 
-    key, born, died, nbytes, role = 0, 0, sys.maxsize, 0, ""
-    first: tuple[Any, torch.Size, torch.dtype]  # the operator, and of the tensor that it made the shape and dtype
+    Example:
+        >>> class Wrapper:
+        ...     def __init__(self, optimizer):
+        ...         self.optimizer = optimizer
+        >>> optimizer = torch.optim.SGD([torch.zeros(2)])
+        >>> optimizers_in(Wrapper(optimizer)) == [optimizer]
+        True
+    """
+    if isinstance(thing, str | bytes | int | float | Tensor | nn.Module | list | tuple | Mapping):
+        return []
+    held = vars(thing).values() if hasattr(thing, "__dict__") else ()
+    inner = [each for each in held if isinstance(each, torch.optim.Optimizer)]
+    if inner:
+        return [found for each in inner for found in optimizers_in(each)]
+    return [thing] if isinstance(thing, torch.optim.Optimizer) else []
 
-    def held(self) -> Held:
-        operator, shape, dtype = self.first
-        return Held(self.nbytes, self.role, str(getattr(operator, "overloadpacket", operator)), tuple(shape), dtype)
+
+def chosen_device(named: str | torch.device | None, tensors: Iterable[Tensor]) -> torch.device:
+    """Return the device that is named, else the one on which the tensors lie, else the CPU.
+
+    Raises:
+        TypeError: what was named is no device.
+        ValueError: it is not there, or none was named and the tensors lie on several.
+
+    Example:
+        >>> chosen_device(None, [torch.zeros(2)])
+        device(type='cpu')
+    """
+    if named is None:
+        found = sorted({str(tensor.device) for tensor in tensors if not tensor.is_meta})
+        if len(found) > 1:
+            raise ValueError(f"The tensors given lie on {' and '.join(found)}: name one of them, device={found[-1]!r}.")
+        named = found[0] if found else "cpu"
+    try:
+        device = torch.device(named)
+    except (RuntimeError, TypeError):
+        raise TypeError(f'device must be such as "cpu" or "cuda", but {named!r:.80} was given.') from None
+    if device.type == "cpu":
+        return CPU
+    here, count = torch.accelerator.current_accelerator(check_available=True), torch.accelerator.device_count()
+    if here is None or here.type != device.type or (device.index or 0) >= count:
+        there = ", ".join(["cpu", *(f"{here.type}:{index}" for index in range(count) if here)])
+        raise ValueError(f"There is no {device} here, only {there}: name one of these, or predict for a device.")
+    return torch.device(device.type, torch.accelerator.current_device_index() if device.index is None else device.index)
+
+
+class DeviceCounters:
+    """A device's own counters over a block of code, synchronized before each reading and before the reset.
+
+    The device has one peak, and starting resets it: blocks inside each other each keep the peak that they saw.
+
+    Attributes:
+        peak_bytes: the most bytes in use at one moment of the block.
+        reserved_bytes: the most that the allocator held, in use or not; 0 where it does not tell.
+
+    Raises:
+        NotImplementedError: the device does not count.
+    """
+
+    _running: Final[list[DeviceCounters]] = []
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self.peak_bytes, self.reserved_bytes = device, 0, 0
+        try:
+            counts = torch.accelerator.max_memory_allocated(device) >= torch.accelerator.memory_allocated(device)
+        except RuntimeError:
+            counts = False
+        if not counts:
+            given = f"{device.type} does not count its memory in torch {torch.__version__}"
+            raise NotImplementedError(f'{given}: measure with the model and the data on the CPU, or predict for "cpu".')
+
+    def start(self) -> int:
+        """Reset the peak, and return the bytes in use."""
+        torch.accelerator.synchronize(self._device)
+        for outer in self._running:
+            outer._note()
+        torch.accelerator.reset_peak_memory_stats(self._device)
+        self._running.append(self)
+        return torch.accelerator.memory_allocated(self._device)
+
+    def stop(self) -> tuple[int, int]:
+        """Note the peaks, and return the peak and the bytes in use."""
+        self._running.remove(self)
+        torch.accelerator.synchronize(self._device)
+        self._note()
+        return self.peak_bytes, torch.accelerator.memory_allocated(self._device)
+
+    def _note(self) -> None:
+        self.peak_bytes = max(self.peak_bytes, torch.accelerator.max_memory_allocated(self._device))
+        self.reserved_bytes = max(self.reserved_bytes, torch.accelerator.max_memory_reserved(self._device))

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from gradaccum.bars import progress
-from gradaccum.memory.device import predicted_type
-from gradaccum.memory.predict import PredictedMemory, _predict, _start_bytes
+from gradaccum.memory.predict import PredictedMemory, _predict, _start_bytes, predicted_type
 
 
 @dataclass(frozen=True, repr=False)

@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
 
 import torch
-from torch import Tensor, nn
-
-# Private, but the only tensors that have a device, a storage of the right size and a graph, and no memory.
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-    UnsupportedOperatorException,
-)
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-
-# Private: the one as in measure.py; the other so that a measure_memory around a prediction counts none of it.
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from gradaccum.bars import progress
-from gradaccum.memory.device import DeviceFunctions, predicted_type
+from gradaccum.memory.follow import ROLES
 from gradaccum.memory.measure import MemoryReport, measure_memory
+from gradaccum.memory.pretend import Operations, followed, without_data
 
 CUDA_BLOCK: Final = 512  # the sizes that CUDA's caching allocator hands out are multiples of this
-_aten = torch.ops.aten
-# On a CPU and on CUDA these reduce into the memory of the loss of each element, and keep all of it.
-_KEEP_ALL: Final = {
-    _aten.mse_loss.default,
-    _aten.smooth_l1_loss.default,
-    _aten.soft_margin_loss.default,
-    _aten.binary_cross_entropy.default,
-}
+
+
+class Guess(NamedTuple):
+    """A value that a program read and that a prediction does not know.
+
+    Attributes:
+        where: "file:line" of what read it.
+        what: its dtype, and what it was taken as.
+        times: how often.
+    """
+
+    where: str
+    what: str
+    times: int
 
 
 class PredictedMemory(MemoryReport):
@@ -43,6 +35,7 @@ class PredictedMemory(MemoryReport):
     Attributes:
         device: the device that it speaks for, "cpu" or "cuda".
         first: the `MemoryReport` of the first update, during which an optimizer makes its state.
+        guessed: the values that were read and are not known, as `Guess(where, what, times)`; empty where none was.
 
     Example:
         >>> report = predict_memory(lambda: (torch.zeros(1000),), lambda x: (x * 2).sum(), device="cpu")
@@ -52,9 +45,12 @@ class PredictedMemory(MemoryReport):
 
     device: str
     first: MemoryReport
+    guessed: list[Guess]
 
     def __repr__(self) -> str:
-        return f"Predicted for {self.device}, second update. {super().__repr__()}"
+        lines = [f"Predicted for {self.device}, second update. {super().__repr__()}"]
+        lines += [f"  guessed at {where}: {what}, {times} x" for where, what, times in self.guessed]
+        return "\n".join(lines)
 
 
 def predict_memory(
@@ -69,16 +65,23 @@ def predict_memory(
     `build` and then `step`, twice, run on tensors that have a shape and no data, and what they hold is followed as
     `measure_memory` follows it. For "cpu" the result is what `measure_memory` measures, to the byte. For "cuda"
     every storage is rounded up to 512 bytes, optimizers take the path that is CUDA's default (foreach), the step
-    counters that they keep on the host are not counted, dropout and autocast keep what they keep there, and
-    whatever names "cuda" (a device, autocast, GradScaler) is answered as if it were there. All tensors count as
-    being on the device: a batch that is moved there in `step` counts from the start.
+    counters that they keep on the host are not counted, attention, dropout and autocast keep what they keep there,
+    and whatever names "cuda" (a device, autocast, GradScaler) is answered as if it were there. All tensors count as
+    being on the device: a batch that is moved there in `step` counts from the start. The role "libraries" is what
+    cuBLAS holds from the first matrix product on: 8,519,680 bytes for the forward's thread and the same for the
+    backward's, as seen on an A100; newer GPUs are said to take 32 MiB each.
 
-    A value that is read (`.item()`, `.tolist()`, `if tensor`) is not known: it is 1, or False; a GradScaler is told
-    that no gradient overflowed. Not counted: memory within a kernel and workspaces of libraries (cuBLAS), the
-    CUDA context, what the allocator holds beyond the blocks in use, tensors in objects that `build` returns other
-    than modules, optimizers, tensors and lists, tuples and dicts of them. While it runs, no other thread should
-    use autocast, GradScaler or `Module.to`, which are replaced for the while. Where tqdm is installed, a prediction
-    of more than two seconds shows its progress.
+    A value that is read (`.item()`, `.tolist()`, `if tensor`) is known where it comes from integers and booleans of
+    at most 2^20 elements that no float and no random number went into, such as a mask of ones. Else it is a guess, 1
+    or False, and `guessed` says where; a GradScaler is told that no gradient overflowed. Not counted: memory within
+    a kernel, the CUDA context, what the allocator holds beyond the blocks in use, a forward that was run in `build`,
+    tensors in objects that `build` returns other than modules, optimizers and what wraps them, tensors and lists,
+    tuples and dicts of them. While it runs, no other thread should use autocast, GradScaler, dropout, attention or
+    `Module.to`, which are patched while it runs. Where tqdm is installed, a prediction of more than two seconds
+    shows its progress.
+
+    25 figures that others measured on an A100 are predicted to the last digit (`benchmarks/published.py`): single
+    layers, forward and backward. No whole training step on a GPU has been compared yet.
 
     Args:
         build: makes everything afresh, without arguments: the model, the optimizer, the data. It may return a
@@ -121,23 +124,28 @@ def predict_memory(
 def _predict(
     build: Callable[[], Any], step: Callable[..., object], kind: str, tick: Callable[[], None], timeline: bool = False
 ) -> PredictedMemory:
-    with _without_data(kind, tick) as follow:
-        built = _tuple(build())
-        reports = []
-        for _ in range(2):
-            with follow(built, timeline) as report:
-                step(*built)
-            reports.append(report)
-    predicted = PredictedMemory()
+    predicted, reports = PredictedMemory(), []
+    with without_data(kind, tick) as operations:
+        try:
+            built = _tuple(build())
+            for _ in range(2):
+                with _Follow(kind, operations, built, timeline) as report:
+                    step(*built)
+                reports.append(report)
+        except Exception as error:
+            for guess in operations.guesses:  # it may be no error but a wrong guess
+                error.add_note("A prediction has no values: at {}, {}.".format(*guess))
+            raise
     vars(predicted).update(vars(reports[1]), device=kind, first=reports[0])
+    predicted.guessed = [Guess(*guess, count) for guess, count in operations.guesses.items()]
     return predicted
 
 
 def _start_bytes(build: Callable[[], Any], device: str, tick: Callable[[], None]) -> int:
     """Return what `build` would make `predict_memory` start with, in bytes, without a step."""
-    with _without_data(device, tick) as follow:
+    with without_data(device, tick) as operations:
         built = _tuple(build())  # kept while it is counted
-        with follow(built) as report:
+        with _Follow(device, operations, built) as report:
             return report.start_bytes
 
 
@@ -145,143 +153,39 @@ def _tuple(built: object) -> tuple[Any, ...]:
     return tuple(built) if isinstance(built, tuple | list) else (built,)
 
 
-@contextmanager
-def _without_data(device: str, tick: Callable[[], None]) -> Iterator[Callable[..., measure_memory]]:
-    """Let the block's tensors have no data; give what makes a `measure_memory` that counts as `device` would."""
-    with ExitStack() as stack:
-        stack.enter_context(_disable_current_modes())
-        stack.enter_context(torch.random.fork_rng(devices=[]))  # a seed set in `build` is not left behind
-        stack.enter_context(_replaced(device))
-        fakes = stack.enter_context(FakeTensorMode())
-        stack.enter_context(DeviceFunctions(device))
-        operations = stack.enter_context(_Operations(device, fakes, tick))
-        stack.callback(register_optimizer_step_pre_hook(operations.before_step).remove)
-        stack.callback(register_optimizer_step_post_hook(operations.after_step).remove)
-        yield lambda built, timeline=False: _Follow(device, operations.elsewhere, built, timeline)
-
-
 class _Follow(measure_memory):  # type: ignore[no-untyped-call]
-    def __init__(self, device: str, elsewhere: weakref.WeakSet[torch.UntypedStorage], built: object, timeline: bool):
-        self._block, self._elsewhere = CUDA_BLOCK if device == "cuda" else 1, elsewhere
-        super().__init__(*_followed(built), device="cpu", timeline=timeline)
+    """Count as the device would."""
+
+    def __init__(self, device: str, operations: Operations, built: object, timeline: bool = False) -> None:
+        self._block, self._operations = CUDA_BLOCK if device == "cuda" else 1, operations
+        self.roles = (*ROLES, "libraries") if device == "cuda" else ROLES
+        super().__init__(*followed(built), device="cpu", timeline=timeline)
+        if device == "cuda":
+            self._known["libraries"] = list(operations.workspaces.held.values())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (block := self._operations.workspaces.made_for(func)) is not None:
+            self._add(block.untyped_storage(), block, "cuBLAS", "libraries")
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _size(self, storage: torch.UntypedStorage) -> int:
         return -(-storage.nbytes() // self._block) * self._block
 
     def _is_new(self, storage: torch.UntypedStorage, *made: Any) -> bool:
-        return storage not in self._elsewhere and super()._is_new(storage, *made)
+        return storage not in self._operations.elsewhere and super()._is_new(storage, *made)
 
 
-def _followed(built: object) -> list[Any]:
-    """Pick what measure_memory takes; a scaler, a schedule or a function is passed over."""
-    if isinstance(built, list | tuple | Mapping):
-        items = built.values() if isinstance(built, Mapping) else built
-        return [found for item in items for found in _followed(item)]
-    return [built] if isinstance(built, Tensor | nn.Module | torch.optim.Optimizer) else []
+def predicted_type(device: object) -> str:
+    """Return "cpu" or "cuda", or refuse the device in one sentence.
 
-
-class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Answer reads of values, refuse what has no answer, and note what is not on the device."""
-
-    def __init__(self, device: str, fakes: FakeTensorMode, tick: Callable[[], None]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._device, self._fakes, self._tick, self._stepping = device, fakes, tick, False
-        self.elsewhere = weakref.WeakSet[torch.UntypedStorage]()
-        self._overflows = weakref.WeakSet[torch.UntypedStorage]()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._tick()
-        try:
-            result = func(*args, **(kwargs or {}))
-        except DataDependentOutputException as error:
-            if func is not _aten._local_scalar_dense.default:
-                raise NotImplementedError(f"{func} depends on values, which a prediction has none of.") from error
-            if args[0].untyped_storage() in self._overflows:
-                return 0.0  # so that a GradScaler steps
-            return args[0].dtype != torch.bool and (1.0 if args[0].dtype.is_floating_point else 1)
-        except DynamicOutputShapeException as error:
-            given = f"{func} makes a tensor whose size depends on values, which a prediction has none of"
-            raise NotImplementedError(f"{given}: use torch.where or a mask that is multiplied.") from error
-        except UnsupportedOperatorException as error:
-            raise NotImplementedError(f"torch does not know the shapes that {func} makes.") from error
-        except AssertionError as error:
-            foreign = (x for x in _followed([args, kwargs]) if getattr(x, "fake_mode", None) is not self._fakes)
-            real = next(foreign, None)
-            if real is None:
-                raise
-            shape = f"A tensor of shape {tuple(real.shape)} made outside of build was used in {func}"
-            raise ValueError(f"{shape}: make the model, the optimizer and the data inside build.") from error
-        if func is _aten.lift_fresh.default and (
-            # Made in step() without a device: a step counter, which stays on the host beside CUDA.
-            self._stepping if self._device == "cuda" else not args[0].untyped_storage().resizable()  # NumPy's
-        ):
-            self.elsewhere.add(result.untyped_storage())
-        elif func in _KEEP_ALL and not result.dim():
-            shape = torch.broadcast_shapes(args[0].shape, args[1].shape)  # type: ignore[no-untyped-call]
-            result = result.new_empty(shape).resize_(())
-        elif func is _aten._amp_foreach_non_finite_check_and_unscale_.default:
-            self._overflows.add(args[1].untyped_storage())
-        return result
-
-    def before_step(self, optimizer: torch.optim.Optimizer, *call: object) -> None:
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise NotImplementedError(
-                "LBFGS is not predicted: how often it evaluates and what it keeps is up to values."
-            )
-        self._stepping = True
-        for group in optimizer.param_groups if self._device == "cuda" else ():
-            alone = group.get("differentiable") or (isinstance(group["lr"], Tensor) and not group.get("capturable"))
-            if "foreach" in group and group["foreach"] is group.get("fused") is None and not alone:
-                group["foreach"] = not isinstance(optimizer, torch.optim.Adafactor)  # as the default is on CUDA
-
-    def after_step(self, optimizer: torch.optim.Optimizer, *call: object) -> None:
-        self._stepping = False
-
-
-@contextmanager
-def _replaced(device: str) -> Iterator[None]:
-    """Replace for the while what neither mode sees: autocast, GradScaler, Module.to, and compiling."""
-    autocast, scaler = torch.autocast.__init__, torch.amp.GradScaler.__init__
-
-    def autocast_on_host(self: Any, device_type: str, dtype: Any = None, *rest: Any, **options: Any) -> None:
-        if device == "cuda" and device_type in ("cpu", "cuda"):  # "cpu" is what a tensor's device says here
-            device_type, dtype = "cpu", dtype or torch.get_autocast_dtype("cuda")
-        autocast(self, device_type, dtype, *rest, **options)
-
-    def scaler_on_host(self: Any, device_type: str = "cuda", *rest: Any, **options: Any) -> None:
-        scaler(self, "cpu" if device == "cuda" else device_type, *rest, **options)
-
-    def apply(self: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        # torch's own swaps parameters for new ones, which fails for those without data.
-        for module in self.modules() if recurse else [self]:
-            for parameter in module._parameters.values():
-                for old in () if parameter is None else (parameter, parameter.grad):
-                    if old is not None and (new := change(old.detach())).dtype != old.dtype:
-                        old.data = new
-            buffers = module._buffers.items()
-            module._buffers.update({name: x if x is None else change(x) for name, x in buffers})
-        return self
-
-    def compiled(*args: Any, **options: Any) -> None:
-        raise NotImplementedError("Compiled code is not predicted: leave torch.compile out of build and step.")
-
-    places: list[tuple[Any, str, Any]] = [
-        (torch.autocast, "__init__", autocast_on_host),
-        (torch.amp.GradScaler, "__init__", scaler_on_host),
-        (nn.Module, "_apply", apply),  # private: all of to(), cuda(), half() ... are made of it
-        (nn.Module, "compile", compiled),
-        (torch, "compile", compiled),
-    ]
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
+    Example:
+        >>> predicted_type("cuda:1")
+        'cuda'
+    """
     try:
-        for owner, name, new in places:
-            setattr(owner, name, new)
-        with torch.compiler.set_stance("fail_on_recompile"):  # for what was compiled before
-            yield
-    except RuntimeError as error:
-        if "fail_on_recompile" in str(error):
-            compiled()
-        raise
-    finally:
-        for owner, name, old in before:
-            setattr(owner, name, old)
+        kind = torch.device(device).type  # type: ignore[call-overload]
+    except (RuntimeError, TypeError):
+        raise TypeError(f'device must be "cuda" or "cpu", but {device!r:.80} was given.') from None
+    if kind not in ("cpu", "cuda"):
+        raise NotImplementedError(f'Memory is predicted for "cuda" and "cpu", not for {kind!r}: give one of the two.')
+    return str(kind)
