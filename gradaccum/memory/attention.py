@@ -52,7 +52,8 @@ def attention(
 
 
 def _kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> str:
-    cuda, width = torch.backends.cuda, query.shape[-1]
+    cuda: Any = torch.backends.cuda
+    width = query.shape[-1]
     is_16_bits = query.dtype in (torch.float16, torch.bfloat16)
     if query.dim() != 4 or key.dim() != 4 or value.dim() != 4 or not query.dtype == key.dtype == value.dtype:
         return "plain"
@@ -70,7 +71,8 @@ def _plain(
 ) -> Tensor:
     """Hold what torch's own formula holds: the scores, in float32 for 16 bits."""
     dtype = query.dtype
-    if dtype in (torch.float16, torch.bfloat16) and not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed():
+    cuda: Any = torch.backends.cuda
+    if dtype in (torch.float16, torch.bfloat16) and not cuda.fp16_bf16_reduction_math_sdp_allowed():
         query, key, value = query.float(), key.float(), value.float()
     if gqa:
         key, value = (each.repeat_interleave(query.shape[-3] // each.shape[-3], -3) for each in (key, value))
@@ -86,7 +88,8 @@ def _plain(
     del scores
     if 0 < dropout_p < 1:
         weights = torch.native_dropout(weights, dropout_p, True)[0]
-    return (weights @ value).to(dtype)
+    found: Tensor = (weights @ value).to(dtype)
+    return found
 
 
 class _Fused(torch.autograd.Function):
@@ -108,7 +111,7 @@ class _Fused(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Allocate the gradients, and what the kernels add up in."""
         query, key, value, mask, out, _ = ctx.saved_tensors

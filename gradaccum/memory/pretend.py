@@ -249,7 +249,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _replaced(device: str) -> Iterator[None]:
     """Replace for the while what neither mode sees: autocast, GradScaler, Module.to, and compiling."""
     autocast, scaler = torch.autocast.__init__, torch.amp.GradScaler.__init__
-    engine = torch.autograd._engine_run_backward
+    engine = vars(torch.autograd)["_engine_run_backward"]
 
     def autocast_on_host(self: Any, device_type: str, dtype: Any = None, *rest: Any, **options: Any) -> None:
         if device == "cuda" and device_type in ("cpu", "cuda"):  # "cpu" is what a tensor's device says here

@@ -30,10 +30,10 @@ class Values:
 
     def number(self, tensor: Tensor) -> int | bool | None:
         """Return the one value in a tensor, None where it is not known."""
-        if (real := self._real.get(tensor)) is None:
+        if tensor not in self._real:
             return None
         with _disable_current_modes():
-            number: int | bool = real.item()
+            number: int | bool = self._real[tensor].item()
             return number
 
     def note(self, func: Any, args: Any, kwargs: Mapping[str, Any], result: Any) -> None:

@@ -5,11 +5,12 @@
 #
 # Divide by what?
 # By the number of pieces, said the libraries that everyone used, and for texts of unequal length that is wrong.
-# It was pointed out in 2021, and mended in October 2024 (huggingface/transformers#34191).
+# It was pointed out in 2021, and mended in October 2024 ([huggingface/transformers#34191](https://github.com/huggingface/transformers/pull/34191)).
 #
 # This page takes 15 minutes.
 # Press Shift + Enter now, and again and again: each press runs one cell and goes on.
 # A grey line that ends in dots is folded code: click on the dots to read it.
+# The pages come with what their cells printed: to guess in earnest, choose *Edit*, *Clear Outputs of All Cells* first.
 
 # %% setup tags=["nbval-ignore-output", "hidden"]
 import torch
@@ -25,9 +26,10 @@ print(f"torch {torch.__version__}, gradaccum {gradaccum.__version__}")
 # ## Four texts
 #
 # A small language model learns from four texts: `OX`, `SUN`, `CAT`, and one of 78 characters.
-# At every character it has to say which comes next; the right next character is a **target**.
+# At the start and after every character it has to say which comes next; the right one is a **target**.
 # `OX` has 3: the O, the X, and the end.
-# The bars are how much each text counts in the usual loop, the dashed outlines its share of the targets.
+# One batch of all four takes the mean over all 90 targets, so there each text counts by its share of them: that is the gradient that we want.
+# The dashed outlines are these shares, the bars how much each text counts in the usual loop.
 
 # %% surprise-figure tags=["hidden"] alt="Four bars of a quarter. The dashed outlines, the shares of the targets, are 3, 4 and 4 percent for OX, SUN and CAT, and 88 percent for the sentence of 78 characters."
 from gradaccum.auditing import Update
@@ -45,12 +47,14 @@ names_of = [
 usual = Update(names_of, 4 * [1 / 4], shares)
 figure = plots.weights([usual], ["each text's mean, divided by 4"])
 figure.axes[0].set(xlabel="text", ylabel="share of the gradient")
+figure.set_figheight(2.4)
 figure
 
 # %% surprise-ask [markdown]
 # Does it matter?
 # Here is the loop of most tutorials.
 # It is run on all four as one batch, and on one text at a time.
+# `characters.batch` turns texts into numbers; short ones are padded, and padding does not count.
 
 
 # %% surprise-loop
@@ -75,7 +79,7 @@ print(f"The same texts, cut in two ways: {100 * apart:.0f} % apart.")
 assert apart > 1.5
 
 # %% surprise-why [markdown]
-# *Apart* is the length of the difference over the length of the right gradient.
+# *Apart* is the length of the difference over the length of the one batch's gradient, all its numbers taken as one vector.
 # No gradient at all would be 100 % apart: this one is worse.
 
 # %% how [markdown]
@@ -91,8 +95,8 @@ assert apart > 1.5
 
 # %% how-guess tags=["nbval-ignore-output", "widget", "hidden"]
 equal_guess = widgets.predict(
-    "Four texts of 18 characters each, through the usual loop. "
-    "How far is it from the gradient of one batch?",
+    "Four texts of 18 characters each, one at a time through the usual loop. "
+    "How far is the gradient from the one batch's?",
     choices={"0 %, but for rounding": 1e-5, "about 25 %": 25, "about 170 %": 170},
 )
 
@@ -110,7 +114,8 @@ assert apart < 1e-3
 
 # %% right [markdown]
 # So the usual loop is right where all pieces are equally large, and that is where most people test it.
-# The loop that this course builds counts the targets first, then divides.
+# The loop that this course builds counts the targets first, then divides each summed loss by that count.
+# `gradaccum.accumulate` does both; lessons 4 and 5 write it out, so here look only at the number.
 # The four texts again:
 
 
@@ -163,7 +168,6 @@ widgets.recap()
 # ## What is kept, and how to come back
 #
 # `make lab` opens copies of the notebooks, in the folder `work`: what you write stays there, and no update and no command of this course overwrites or deletes it.
-# To guess in earnest, choose *Edit*, *Clear Outputs of All Cells* before you begin: the pages come with what their cells printed.
 # After a break, or a kernel that died, run the set-up cell and go on at any section.
 # If a cell failed, the next section says what is missing on your machine.
 #

@@ -47,7 +47,8 @@ assert weight.grad.item() == 6
 # A **micro-batch** is what one forward and backward sees.
 # The micro-batches of one update are a **window**, and their number is called **accumulation steps**, k for short.
 #
-# Below is the loop of lesson 1 on the real names; the two lines that are new are marked.
+# Below is the loop of lesson 1 on the real names, with plain SGD (its rate of 4 is explained below) and with a counter, `step`.
+# The two lines that delay the update are marked.
 # The micro-batches hold 8 names each, and the step comes after every fourth.
 
 # %% delay-run
@@ -71,7 +72,7 @@ assert updates == 8
 
 # %% delay-ask [markdown]
 # Four micro-batches of 8 names are the same 32 names as one batch of 32.
-# These 32 are the **effective batch**, all items of a window: micro-batch times accumulation steps, where all are equal.
+# These 32 are the **effective batch**, all items of a window: micro-batch times accumulation steps, where all micro-batches are equally large.
 # Papers report the **global batch**: the same, over all processes that train together.
 # We would like the same gradient, too.
 
@@ -109,10 +110,11 @@ assert abs(error - (accumulation_steps - 1)) < 1e-5
 # %% factor-why [markdown]
 # Each micro-batch's loss is a *mean* over its own 8 names.
 # Adding up four means gives four times the mean of all 32.
-# The direction is right, the length is k times too large.
+# The direction is right, the length is k times the right one.
 #
 # `relative_error` is the yardstick of this course: the length of the difference over the length of the right gradient.
 # 0 is equal, and 100 % is as far off as having no gradient at all.
+# Four times the gradient is three gradients too many: 300 %.
 
 # %% solve [markdown]
 # ## What did each micro-batch get?
@@ -122,8 +124,9 @@ assert abs(error - (accumulation_steps - 1)) < 1e-5
 #
 # What it holds is some factor times the first micro-batch's gradient, plus another times the second's, and so on.
 # Such a factor is called the micro-batch's **weight**; it has nothing to do with the weights of the model.
-# Four of them are unknown, and every number in `.grad` is one equation for them.
-# Least squares solves that in five lines.
+# `.grad` has 1,885 numbers.
+# Each is the sum of the four gradients' numbers at the same place, each times its weight: 1,885 equations for four unknowns.
+# *Least squares* finds the four that fit best, in five lines; PyTorch has it as `lstsq`.
 
 # %% solve-came-out [markdown] tags=["folded"]
 # ### The five lines, and a picture
@@ -141,7 +144,8 @@ def collected(*starts):
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 
-starts = [0, 8, 16, 24]  # and the five lines:
+# The five lines:
+starts = [0, 8, 16, 24]
 total = collected(*starts)
 pieces = torch.stack([collected(start) for start in starts], dim=1)
 weights = torch.linalg.lstsq(pieces, total[:, None]).solution.flatten()
@@ -231,6 +235,7 @@ figure
 # %% astray-why [markdown]
 # A gradient four times too large is a learning rate four times too large: 16 in place of 4.
 # Then each step overshoots further than the last.
+# The batch of 32 went from 2.9 to 2.3, which this axis is too long to show.
 
 # %% astray-test tags=["test"]
 assert whole[-1] < 2.5
@@ -239,8 +244,8 @@ assert delayed[-1] > max(1000, delayed[11])
 # %% where [markdown]
 # ## Where do the gradients live?
 #
-# The loop overwrites `loss` at every micro-batch.
-# Is the first micro-batch's share lost, then?
+# Nothing is lost, as the weights show.
+# But where is it, when the loop overwrites `loss` at every micro-batch?
 
 # %% where-figure tags=["hidden"] alt="A drawing. Four boxes, loss 1 to loss 4, the first three gone. From each an arrow, backward adds, to one box, .grad, which is beside the box of the weight; one arrow, step, leads from .grad to the weight."
 figure, (axis,) = plots.panels(["One place collects"], height=2.9)
@@ -267,11 +272,11 @@ axis.axis("off")
 figure
 
 # %% where-why [markdown]
-# Nothing is lost: the gradient does not live in the loss.
-# It lives beside each weight, in one place, and every `backward()` adds to that place.
+# The gradient does not live in the loss.
+# It lives beside each weight of the model, in one place, and every `backward()` adds to that place.
 # The loss holds only the way back through one micro-batch, and `backward()` frees that as it goes.
 # So the name `loss` may be overwritten.
-# Even a kept loss would hold only its own 4 bytes; a loss that never went through `backward()` would hold everything.
+# Even a kept loss would hold only its own 4 bytes; a loss that never went through `backward()` would hold all activations of its micro-batch.
 
 # %% where-look [markdown] tags=["folded"]
 # ### Look for yourself: one address, and as many bytes as the weights
@@ -352,7 +357,7 @@ assert four_pieces.at_peak["gradients"] == four_pieces.at_peak["parameters"]
 # The model's weights are there however small the pieces are.
 # And the collected gradients must stay while the next micro-batch runs: one number for each of the model's weights, which the single batch did not hold at its peak.
 # Nearly all the rest went down to a quarter, because each micro-batch's activations are freed before the next one starts.
-# The largest bar, *backward temporaries*, is what the backward pass makes on the way and frees again: above all two tensors as large as the logits, on the way from the loss back to them.
+# The largest part, *backward temporaries*, is made and freed during the backward pass: mostly two tensors as large as the logits.
 #
 # This is the trade: the data of a large batch, the activations of a small one.
 
@@ -368,7 +373,7 @@ assert four_pieces.at_peak["gradients"] == four_pieces.at_peak["parameters"]
 # </details>
 # <br>
 #
-# **Try it.** What will `peak_of(16).peak_bytes` be? Write your number down before you run it.
+# **Try it.** What will `peak_of(16).peak_bytes` be? Write your number down before you run it in a new cell (B makes one below).
 #
 # <details><summary>How to work it out</summary>
 #

@@ -107,11 +107,13 @@ assert loops["step % 3 == 0"] == [[1], [2, 3, 4], [5, 6, 7]]
 # %% edges-why [markdown]
 # - `(step + 1) % 3 == 0` leaves the seventh in `.grad`, where the next epoch's first window finds it.
 # - `step % 3 == 0`, off by one, makes an update from the first micro-batch alone.
-# - `... or last` steps at the end too. accelerate and the Lightning Trainer do this, and still divide by 3 (Lightning-AI/pytorch-lightning#19987).
+# - `... or last` steps at the end too.
+#
+# A fourth fault is not in the condition: `zero_grad()` before each `backward()`, so that only the window's last micro-batch survives.
 
 # %% edges-guess tags=["nbval-ignore-output", "widget", "hidden"]
 partial_guess = widgets.predict(
-    "'... or last': the seventh micro-batch is alone, its loss divided by 3. "
+    "'... or last': the seventh micro-batch is alone, in a loop written for k = 3. "
     "How many times the right gradient does its update use?"
 )
 
@@ -151,7 +153,7 @@ assert 0.1 < leak < cleared < 1
 
 # %% partial-why [markdown]
 # A micro-batch that is alone in its window should be divided by 1, not by 3: the divisor must be the number of micro-batches *in this window*.
-# The last line shows a fault from the forums: with `zero_grad()` before each `backward()`, only the window's last micro-batch survives.
+# accelerate and the Lightning Trainer step at the end, and still divide by 3 (Lightning-AI/pytorch-lightning#19987).
 
 # %% once [markdown]
 # ## Once per update
@@ -161,8 +163,8 @@ assert 0.1 < leak < cleared < 1
 
 # %% once-guess tags=["nbval-ignore-output", "widget", "hidden"]
 once_guess = widgets.predict(
-    "Clipped at 0.05 after each of 4 micro-batches, not once: both norms are 0.05. "
-    "How far is the gradient off?",
+    "Clip the gradient's length to 0.05, once at the update or after each of 4 "
+    "micro-batches: it ends at 0.05 either way. How far is the second gradient off?",
     choices={"0 %, it is the same": 1e-3, "about 5 %": 5, "about 30 %": 30},
 )
 
@@ -239,11 +241,11 @@ assert abs(wrong_rates[2] - 0.01) < 1e-6
 # Read it, line by line?
 # Or ask what each micro-batch got?
 #
-# Below, one loop with k = 3 runs seven times under `audit`, each time with one fault: two epochs of seven micro-batches.
+# Below, one loop with k = 3 runs seven times under `audit`, each time with one fault: on seven micro-batches, then on seven others, numbered 8 to 14.
 
 # %% patterns-guess tags=["nbval-ignore-output", "widget", "hidden"]
 patterns_guess = widgets.predict(
-    "Two of the seven faults leave the weights right. Which two?",
+    "Two of the seven faults leave the micro-batches' weights right. Which two?",
     choices=[
         "off-by-one and divisor",
         "zero_grad and clipping",
@@ -279,7 +281,7 @@ def train(micro_batches, fault, k=3):
             logged.append(loss.item())  # "log": the last micro-batch's share
 
 
-# %% patterns-run
+# %% patterns-run tags=["hidden"]
 import warnings
 
 warnings.filterwarnings("ignore", "Detected call of")  # torch warns of "schedule"
@@ -292,7 +294,7 @@ def loss_sum(micro_batch):
 
 
 telling = {"leftover": 2, "off-by-one": 0, "divisor": 2, "zero_grad": 0}
-telling |= {"clipping": 0, "schedule": 0, "log": 0}  # the update that shows it
+telling |= {"clipping": 0, "schedule": 0, "log": 0}  # which update to look at
 found = {}
 for fault, number in telling.items():
     names, characters, model = models.for_names(length=18)
@@ -320,8 +322,10 @@ shown = [  # numbered from 1, as above
     replace(update, micro_batches=[number + 1 for number in update.micro_batches])
     for update in found.values()
 ]
-display(plots.weights(shown[:4], list(found)[:4]))
-plots.weights(shown[4:], list(found)[4:])
+figures = [plots.weights(shown[i : i + 4], list(found)[i : i + 4]) for i in (0, 4)]
+for figure in figures:
+    figure.axes[0].set_ylim(0, 1.5)  # so that the two compare
+    display(figure)
 
 # %% patterns-test tags=["test"]
 assert right == ["schedule", "log"]
@@ -332,7 +336,10 @@ assert kinds["zero_grad"] == "only the last micro-batch"
 assert kinds["clipping"] == "clipped or divided inside"
 
 # %% patterns-why [markdown]
-# Five leave a pattern in the weights, and the audit names each; leftover and off-by-one share a name, since both cut elsewhere.
+# Five leave a pattern in the weights, and the audit names each.
+# *Cut elsewhere* is both leftover and off-by-one: the update is not where the window ends.
+# *A partial window over k* is a short window divided by k.
+# For clipping, look at the slope and not at the height: clipped once, all three would be short alike.
 # The schedule and the log change what is done with the gradient, not the gradient: look for those yourself.
 # [One page](../notebooks/FAULTS.md) has fourteen faults with their weights, to print and pin to the wall.
 
@@ -350,7 +357,7 @@ from itertools import islice
 def windows(micro_batches, accumulation_steps):  # new
     """Yield lists of `accumulation_steps` micro-batches; the last may be shorter."""
     stream = iter(micro_batches)
-    while window := list(islice(stream, accumulation_steps)):
+    while window := list(islice(stream, accumulation_steps)):  # an empty list ends it
         yield window
 
 
@@ -369,7 +376,7 @@ for window in windows(micro_batches, accumulation_steps=3):  # new: the update
     optimizer.step()
     schedule.step()
     optimizer.zero_grad()
-    print(f"micro-batches: {len(window)}, updates: 1, loss {window_loss:.1f}")
+    print(f"one update of {len(window)} micro-batches, loss {window_loss:.1f}")
 
 # %% inside-out-why [markdown]
 # Read the loop aloud: *for each window: backward through its micro-batches, clip, step, schedule, clear.*
@@ -377,8 +384,8 @@ for window in windows(micro_batches, accumulation_steps=3):  # new: the update
 # The last window divides by its own length, nothing leaks, and each thing that happens once per update stands once.
 #
 # `gradaccum` has this function in its finished form: it can be read again at each epoch, checks its arguments, and knows its length if the data does.
-# Test it: `full_batch_gradient` computes the gradient of your own loss of one batch, as one graph.
-# The batch holds all names of a window and is not cut, so what it is compared with owes nothing to the loop.
+# Test it against `full_batch_gradient`: it takes your loss and all names of a window, uncut, and goes backward once.
+# Nothing of the loop is in it.
 
 
 # %% module-run
@@ -401,7 +408,7 @@ for window in cut:
     error = relative_error(gradients, full)
     errors.append(error)
     print(f"window of {len(window)}: off by {100 * error:.4f} %")
-print(f"{len(cut)} updates, known beforehand")
+print(f"len(cut) is {len(cut)}: the updates, known before the first")
 
 # %% module-test tags=["test"]
 assert max(errors) < 5e-7
@@ -412,7 +419,7 @@ assert len(cut) == 3
 #
 # Every learner asks it.
 # With k = 8, the same data makes an eighth of the updates.
-# Each is less noisy, and there are fewer of them.
+# Each is less noisy.
 
 # %% rate-guess tags=["nbval-ignore-output", "widget", "hidden"]
 rate_guess = widgets.predict(
@@ -500,7 +507,7 @@ assert large[-1] < small[-1]
 # Count warm-up, schedule, checkpoints and total steps in **updates**.
 
 # %% steps [markdown] tags=["folded"]
-# ### Does one window move as far as k small steps?
+# ### Extra: does one window move as far as k small steps?
 
 # %% steps-run
 moved = {}
@@ -549,7 +556,7 @@ assert moved["4 steps on 8 names"] > 2 * moved["1 step on the window of 32"]
 # </details>
 # <br>
 #
-# **Exercises**, which grade themselves: [group a stream, write an epoch, and repair the parity, the leak and the logged loss](exercises/04_exercises.ipynb).
+# **Exercises**, which grade themselves: [group a stream, write an epoch, and repair the off-by-one, the leak and the logged loss](exercises/04_exercises.ipynb).
 #
 # **Next**: all micro-batches had the same size so far. Lesson 5 lets the names have their real lengths.
 
