@@ -47,7 +47,7 @@ COMMANDS = {
     "test-browser": "open every notebook in JupyterLab in Chromium, run it, move its widgets",
     "test-peers": "run the tests beside accelerate, Lightning and transformers (installs those)",
     "notebooks": "make the notebooks from notebooks/source, all or the ones named",
-    "address": "write the repository's address, and links to Binder, Colab, Kaggle, into every file (or: none)",
+    "address": "write the repository's address into pyproject.toml (or: none), then make the notebooks",
     "lint": "check style, types and spelling",
     "benchmarks": "measure gradaccum beside other libraries (installs those)",
     "environment": "write environment.yml, for conda and for Binder, from pyproject.toml",
@@ -79,7 +79,7 @@ def starting_torch(path: list[str]) -> tuple[str, str] | None:
 
 def pinned_torch() -> str:
     """Return the version of torch that constraints.txt names."""
-    found = re.search(r"(?m)^torch==([\w.]+)", (ROOT / "constraints.txt").read_text("utf-8"))
+    found = re.search(r"(?m)^torch==([\w.]+)", (ROOT / "tools" / "constraints.txt").read_text("utf-8"))
     if found is None:
         sys.exit("constraints.txt names no torch: run `python make.py constraints torch==2.13.0`.")
     return found[1]
@@ -119,7 +119,7 @@ def install_torch(cuda: bool) -> None:
 def fingerprint(extra: str, torch: tuple[str, str] | None) -> str:
     """Return two digests: what .venv is built on, and that with everything that decides what is installed."""
     base = f"{sys.version_info[:3]} {sys.base_prefix} {VENV} {torch}".encode()
-    inputs = [(ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt", "make.py")]
+    inputs = [(ROOT / name).read_bytes() for name in ("pyproject.toml", "tools/constraints.txt", "make.py")]
     everything = b"\0".join([base, extra.encode(), *inputs])
     return f"{hashlib.sha256(base).hexdigest()} {hashlib.sha256(everything).hexdigest()}"
 
@@ -139,7 +139,7 @@ def set_up(extra: str, cuda: bool = False) -> None:
     borrowed.unlink(missing_ok=True)
     if stamp.split(" ")[0] != fingerprint(extra, torch).split(" ")[0]:
         make_venv()
-    constraints = (ROOT / "constraints.txt").read_text("utf-8")
+    constraints = (ROOT / "tools" / "constraints.txt").read_text("utf-8")
     if torch:
         print(f"Using torch {torch[0]} in {torch[1]}, which the Python you started has.", flush=True)
         borrow_torch(torch[0])
@@ -327,7 +327,7 @@ def lab(port: int | None, browser: bool, cuda: bool) -> int:
 def environment_text() -> str:
     """Return environment.yml: pyproject.toml's dependencies under conda's names, at the versions tested."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    tested = dict(re.findall(r"(?m)^([\w-]+)==(\d+\.\d+)", (ROOT / "constraints.txt").read_text("utf-8")))
+    tested = dict(re.findall(r"(?m)^([\w-]+)==(\d+\.\d+)", (ROOT / "tools" / "constraints.txt").read_text("utf-8")))
     lines = ["# Made by `python make.py environment` from pyproject.toml: change that, not this."]
     lines += ["name: gradaccum", "channels: [conda-forge]", "dependencies:"]
     lines += [f"  - python={'.'.join(map(str, OLDEST))}  # to Binder, >= would mean its own, older default", "  - pip"]
@@ -353,7 +353,7 @@ def constraints(pins: list[str]) -> None:
     # torch itself names its CUDA libraries exactly, and another build of it names others: they have no place here.
     lines = [line for line in result.stdout.splitlines() if not line.startswith(("nvidia-", "cuda-", "triton="))]
     text = "\n".join(["# Made by `python make.py constraints`.", *lines, ""])
-    (ROOT / "constraints.txt").write_text(text, "utf-8", newline="\n")
+    (ROOT / "tools" / "constraints.txt").write_text(text, "utf-8", newline="\n")
     print(f"Wrote constraints.txt: {len(lines)} lines. Now run `python make.py environment`.")
 
 
@@ -395,8 +395,8 @@ def main(arguments: list[str]) -> int:
         pytest = ["-m", "pytest", *chosen.get(command, ["-m", command.removeprefix("test-")]), "--durations=20", *rest]
         return become(pytest, OMP_NUM_THREADS="1")  # two workers share the cores, unless the user says otherwise
     if command == "address":
-        return become(["notebooks/source/build.py", f"--address={rest[0]}"])
-    scripts = {"notebooks": "notebooks/source/build.py", "benchmarks": "benchmarks/run.py"}
+        return become(["tools/build.py", f"--address={rest[0]}"])
+    scripts = {"notebooks": "tools/build.py", "benchmarks": "benchmarks/run.py"}
     if command in scripts:
         return become([scripts[command], *rest])
     if command == "lint":

@@ -10,8 +10,8 @@ from hypothesis import settings
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
-# The builder, and what tests share.
-sys.path[:0] = map(str, (ROOT / "notebooks" / "source", TESTS, TESTS / "exercises"))
+# What makes things, and what tests share.
+sys.path[:0] = map(str, (ROOT / "tools", TESTS, TESTS / "exercises"))
 WAS_THERE = pytest.StashKey[dict[str, tuple[int, int]]]()
 
 # A slow machine is no failure. In CI the same examples run each time, so that red means a change and not luck.

@@ -46,10 +46,10 @@ def test_an_exercise_notebook_is_what_its_source_says(lesson):
 
 
 def test_the_worked_solutions_are_those_of_the_sources(tmp_path, monkeypatch):
-    assert build.keep_answers(build.check) == []
+    assert build.keep(build.kept(), build.check) == []
     monkeypatch.setattr(release, "ANSWERS", tmp_path / "answers.json")
-    assert len(build.keep_answers(build.check)) == 1
-    assert build.keep_answers(build.make) == build.keep_answers(build.check) == []
+    assert len(build.keep(build.kept(), build.check)) == 1
+    assert build.keep(build.kept(), build.make) == build.keep(build.kept(), build.check) == []
 
 
 @each_lesson

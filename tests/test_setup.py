@@ -31,8 +31,9 @@ posix = pytest.mark.skipif(os.name == "nt", reason="a script for bash, or a sign
 @pytest.fixture
 def make(tmp_path, monkeypatch):
     """make.py as a module, loaded from a copy of its own, so that nothing it does reaches the real .venv."""
-    for name in ("make.py", "pyproject.toml", "constraints.txt"):
-        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "tools").mkdir()
+    for name in ("make.py", "pyproject.toml", "tools/constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path / name)
     spec = importlib.util.spec_from_file_location("make_under_test", tmp_path / "make.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -110,7 +111,7 @@ def test_a_cuda_build_is_refused_without_a_gpu(make, monkeypatch):
 
 def test_the_stamp_changes_with_everything_that_decides_what_is_installed(make, monkeypatch):
     seen = [make.fingerprint(*of) for of in (("lessons", None), ("dev", None), ("lessons", ("2.12.0", "/x")))]
-    for name in ("pyproject.toml", "constraints.txt", "make.py"):
+    for name in ("pyproject.toml", "tools/constraints.txt", "make.py"):
         (make.ROOT / name).write_text("changed")
         seen.append(make.fingerprint("lessons", None))
     monkeypatch.setattr(sys, "version_info", (3, 99, 0))
@@ -479,7 +480,7 @@ def test_each_command_sets_up_what_it_needs_and_hands_over_the_rest(make, monkey
     quick = "not slow and not browser and not peers -n 2 --dist loadfile --no-loadscope-reorder"
     marks = (quick, "not browser and not peers", "browser", "peers")
     assert noted[1:9:2] == [f"-m pytest -m {which} --durations=20 -k x" for which in marks]
-    assert noted[9::2] == ["notebooks/source/build.py -k x", "benchmarks/run.py -k x"]
+    assert noted[9::2] == ["tools/build.py -k x", "benchmarks/run.py -k x"]
     monkeypatch.setattr(make.sys, "platform", "linux")
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     for screen, wish in (("", []), (":0", ["--no-browser"]), (":0", [])):
@@ -488,7 +489,7 @@ def test_each_command_sets_up_what_it_needs_and_hands_over_the_rest(make, monkey
     assert noted[12::2] == [("lessons", False)] * 3
     assert ["--no-browser" in program for program in noted[13::2]] == [True, True, False]
     assert make.main(["address", "none"]) == 7
-    assert noted[18:] == [("dev", False), "notebooks/source/build.py --address=none"]
+    assert noted[18:] == [("dev", False), "tools/build.py --address=none"]
     for wrong in ([], ["two", "words"]):  # refused before anything is installed
         with pytest.raises(SystemExit, match="2"):
             make.main(["address", *wrong])
@@ -518,7 +519,7 @@ def test_the_made_files_say_what_pyproject_says_and_name_no_place(make):
     wanted = [re.match(r"[\w-]+", text)[0] for text in PROJECT["optional-dependencies"]["lessons"]]
     assert re.findall(r"(?m)^  - ([\w-]+)", make.environment_text()) == ["python", "pip", "pytorch", *wanted]
     assert PROJECT["requires-python"] == ">=" + ".".join(map(str, make.OLDEST))
-    constraints = (ROOT / "constraints.txt").read_text("utf-8")
+    constraints = (ROOT / "tools" / "constraints.txt").read_text("utf-8")
     for requirement in sum(PROJECT["optional-dependencies"].values(), PROJECT["dependencies"]):
         name = re.match(r"[\w-]+", requirement)[0]
         assert len(re.findall(rf"(?m)^{name}==\d", constraints)) == 1 or name == "gradaccum"

@@ -298,7 +298,7 @@ def test_every_pitfall_that_the_lessons_teach_has_its_mistake(pitfall):
 
 @pytest.mark.slow
 def test_the_page_of_mistakes_is_as_made():
-    assert mistakes.PAGE.read_text("utf-8") == mistakes.page(), "make it again: python notebooks/source/mistakes.py"
+    assert mistakes.PAGE.read_text("utf-8") == mistakes.page(), "make it again: python tools/mistakes.py"
 
 
 def test_whoever_is_led_to_the_mistakes_is_warned():
