@@ -13,9 +13,8 @@ import build
 import launch
 import overview
 import pytest
-from test_project import project_files, text_of
+from files import ROOT, project_files, text_of
 
-ROOT = Path(__file__).resolve().parents[1]
 NAME = "some-one/a.course_2"
 ADDRESS = f"https://github.com/{NAME}"
 # Each of these leads a learner to the repository on the web, which is somewhere only if pyproject.toml says where.

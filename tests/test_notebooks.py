@@ -12,7 +12,6 @@ import re
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import build
 import launch
@@ -20,20 +19,15 @@ import nbformat
 import psutil
 import pytest
 import torch
+from files import LESSONS, NAMES, NOTEBOOKS, ROOT, START
 from ipykernel.kernelspec import KERNEL_NAME, get_kernel_dict
 from jupyter_client import KernelManager
+from kernels import assert_as_stored, compared, peak_megabytes, pin
 from nbval.kernel import CURRENT_ENV_KERNEL_NAME, NbvalKernelspecManager
-from nbval.plugin import coalesce_streams
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradaccum import exercises
 
-ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = ROOT / "notebooks"
-START = "00_start_here"
-# Written out, so that a lesson that got lost is noticed; the other tests take those that are there.
-LESSONS = [START, "01_naive_loop", "02_accumulate", "03_normalize", "04_windows", "05_unequal_micro_batches"]
-LESSONS += ["06_gpu_memory"]
 LIVE = {"predict", "explore"}  # the calls that show a live view
 
 
@@ -60,7 +54,7 @@ class Lesson:
         return [section for section in found if section]
 
 
-@pytest.fixture(params=sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")), scope="module")
+@pytest.fixture(params=LESSONS, scope="module")
 def lesson(request):
     return Lesson(request.param)
 
@@ -75,30 +69,13 @@ def calls(cell):
     return Counter(getattr(function, "attr", getattr(function, "id", "")) for function in called)
 
 
-def compared(outputs):
-    """What nbval compares of a cell's outputs: each kind of text in its order, and never a picture."""
-    shown = {}
-    for output in coalesce_streams(copy.deepcopy(outputs)):
-        if output.output_type == "stream":
-            shown.setdefault(output.name, []).append(output.text)
-        elif output.output_type == "error":
-            shown.setdefault("error", []).append(f"{output.ename}: {output.evalue}")
-        else:
-            for kind, value in output.data.items():
-                if kind not in ("image/png", "image/jpeg", "application/vnd.jupyter.widget-view+json"):
-                    shown.setdefault(kind, []).append(value)
-    return shown
-
-
 # --------------------------------------------------------------------------------------- source and made file
 
 
-def test_these_are_all_lessons():
-    made = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
-    assert made == LESSONS
-    exercises = [f"exercises/{stem[:2]}_exercises" for stem in LESSONS[1:]]
-    assert sorted(build.sources()) == [*LESSONS, *exercises]
-    assert sorted(build.name_of(path) for path in NOTEBOOKS.glob("exercises/*.ipynb")) == exercises
+def test_these_are_all_notebooks():
+    assert sorted(build.sources()) == NAMES
+    made = [*NOTEBOOKS.glob("*.ipynb"), *NOTEBOOKS.glob("exercises/*.ipynb")]
+    assert sorted(map(build.name_of, made)) == NAMES
 
 
 def test_a_lesson_is_what_its_source_says(lesson):
@@ -288,13 +265,6 @@ def test_recap_is_last(lesson):
 # ------------------------------------------------------------------------------ slow: the same, however it is run
 
 
-def assert_as_stored(cells, after, how):
-    for stored in cells:
-        ran = next(cell for cell in after if cell.id == stored.id)
-        if "nbval-ignore-output" not in tags(stored):
-            assert compared(ran.outputs) == compared(stored.outputs), f"{stored.id}, {how}"
-
-
 @pytest.mark.slow
 def test_every_cell_can_be_run_twice(lesson):
     """With the `test` cells too, which a learner does not get: between the others they change nothing."""
@@ -314,12 +284,6 @@ def test_every_section_runs_alone_after_the_set_up(lesson):
         with build.kernel(fresh) as client:
             build.run_cells(client, [cell for cell in fresh.cells if cell.id in names])
         assert_as_stored(section, fresh.cells, f"in the section that {section[0].id} opens, run alone")
-
-
-def peak_megabytes(process):
-    """The most memory that a process has held so far, as Linux tells it."""
-    status = Path(f"/proc/{process}/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1000
 
 
 def slowness():
@@ -357,8 +321,7 @@ def slowness():
     ids=["two-cores", "one-core", "two-threads", "plain-processor"],
 )
 def test_time_memory_and_the_same_outputs(lesson, cores, threads, seconds, processor):
-    available = sorted(os.sched_getaffinity(0))
-    if len(available) < cores:
+    if len(os.sched_getaffinity(0)) < cores:
         pytest.skip(f"needs {cores} cores")
     fresh = copy.deepcopy(lesson.notebook)
     set_up = next(cell for cell in fresh.cells if cell.id == "setup")
@@ -366,11 +329,10 @@ def test_time_memory_and_the_same_outputs(lesson, cores, threads, seconds, proce
     set_up.source = set_up.source.replace("torch.set_num_threads(1)", f"torch.set_num_threads({threads})")
     started = time.perf_counter()
     with build.kernel(fresh, **processor) as client:
-        process = client.km.provisioner.pid
-        os.sched_setaffinity(process, available[:cores])
+        pin(client, cores)
         build.run_cells(client, fresh.cells)
-        took, computed = time.perf_counter() - started, sum(psutil.Process(process).cpu_times()[:4])
-        peak = peak_megabytes(process)
+        took, peak = time.perf_counter() - started, peak_megabytes(client)
+        computed = sum(psutil.Process(client.km.provisioner.pid).cpu_times()[:4])
     how = f"{cores} core(s), {threads} thread(s) {processor or ''}"
     print(f"{lesson.stem} on {how}: {took:.1f} s, {computed:.1f} s computing, {peak:.0f} MB")
     assert_as_stored(lesson.code, fresh.cells, how)

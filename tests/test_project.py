@@ -16,10 +16,10 @@ import jupytext
 import launch
 import pytest
 import torch
+from files import NAMES, ROOT, project_files, text_of
 
 from gradaccum import data, models
 
-ROOT = Path(__file__).resolve().parents[1]
 # Public functions without an example that runs, and why.
 WITHOUT_EXAMPLE = {
     "exercises.__init__.solution": "shows a view",
@@ -29,27 +29,12 @@ WITHOUT_EXAMPLE = {
 }
 
 
-def project_files():
-    """Every file that git tracks or would, so that the tests speak before the commit."""
-    command = ["git", "ls-files", "-co", "--exclude-standard", "-z"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return [path for path in map(Path, sorted(set(filter(None, listed.split("\0"))))) if (ROOT / path).is_file()]
-
-
 def python_files(folder=""):
     return [path for path in project_files() if path.suffix == ".py" and path.is_relative_to(folder)]
 
 
 def is_notebook_source(path):
     return path.is_relative_to("notebooks/source") and bool(re.match(r"\d\d_", path.name))
-
-
-def text_of(path):
-    """A file's text, or None for what is no text."""
-    try:
-        return (ROOT / path).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        return None
 
 
 def lines_of_code(source):
@@ -161,7 +146,9 @@ def pages():
 
 def test_every_page_is_seen():
     assert {"README.md", "benchmarks/README.md", "notebooks/exercises/INSTRUCTOR.md"} <= set(map(str, pages()))
-    assert sum(page.suffix == ".ipynb" for page in set(pages())) == 7 + 6
+    assert {str(page.with_suffix("")) for page in pages() if page.suffix == ".ipynb"} == {
+        f"notebooks/{name}" for name in NAMES
+    }
 
 
 @pytest.mark.parametrize("page", pages(), ids=str)

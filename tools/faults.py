@@ -183,8 +183,8 @@ def page():
 
 Each wrong line was put into one of two loops with k = {K} and run under `gradaccum.audit`: micro-batches of \
 {SIZES} items.
-A weight is the factor that a micro-batch's own mean gradient got; after *for* is what it should have got, 0 for one of \
-another window.
+A weight is the factor that a micro-batch's own mean gradient got; after *for* is what it should have got, 0 for one \
+of another window.
 Made by `python tools/faults.py` and held by a test. [Lesson 4](04_windows.ipynb) and \
 [lesson 5](05_unequal_micro_batches.ipynb) say why.
 
