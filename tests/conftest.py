@@ -11,7 +11,7 @@ from hypothesis import settings
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 # What makes things, and what tests share.
-sys.path[:0] = map(str, (ROOT / "tools", TESTS, TESTS / "exercises", TESTS / "helpers"))
+sys.path[:0] = map(str, (ROOT / "tools", TESTS, TESTS / "exercises", TESTS / "exercises/answers", TESTS / "helpers"))
 WAS_THERE = pytest.StashKey[dict[str, tuple[int, int]]]()
 
 # A slow machine is no failure. In CI the same examples run each time, so that red means a change and not luck.

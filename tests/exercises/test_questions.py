@@ -245,7 +245,7 @@ def test_probes_run_where_no_question_can_be_imported():
 
 
 def test_every_question_has_its_file_of_answers():
-    assert sorted(path.stem for path in ANSWERS.glob("*.py")) == sorted(path.stem for path in FOLDER.glob("q*.py"))
+    assert sorted(path.stem for path in ANSWERS.glob("q*.py")) == sorted(path.stem for path in FOLDER.glob("q*.py"))
     assert len(exercises.IDENTIFIERS) >= 3
 
 
