@@ -26,7 +26,12 @@ from gradaccum.interrupts import say_stopped
 Item = TypeVar("Item")
 NO_GUESS = "Where you commit a guess before you run the next cell, a table here says how it did."
 # The margin is where the next cell begins: it is seen after a guess, when the view comes into sight.
-STYLE = ".gradaccum-view { scroll-margin-bottom: 6em } .gradaccum-view .widget-readout { flex-shrink: 0 }"
+# On a dark page a white figure glares. Inverted, and turned back to its own hues, it keeps its contrasts; to draw each
+# figure twice would need another kernel's knowledge of the theme.
+STYLE = (
+    ".gradaccum-view { scroll-margin-bottom: 6em } .gradaccum-view .widget-readout { flex-shrink: 0 }"
+    " [data-jp-theme-light=false] :is(.jp-RenderedImage, .gradaccum-view) img { filter: invert(.9) hue-rotate(180deg) }"
+)
 
 
 class Prediction:

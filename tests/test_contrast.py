@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch, Patch
 from matplotlib.text import Text
 
-from gradaccum import exercises, plots
+from gradaccum import exercises, plots, widgets
 from gradaccum.exercises import cards, check, scorecard
 
 TEXT, DRAWN = 4.5, 3.0  # WCAG 2.2, success criteria 1.4.3 and 1.4.11, level AA
@@ -215,6 +215,19 @@ def test_the_colours_hold_for_colour_blind_eyes():
         places = np.transpose([116 * y - 16, 500 * (x - y), 200 * (y - z)])
         apart = min(np.linalg.norm(one - other) for one, other in combinations(places, 2))
         assert apart >= 20, f"{eye}: {apart:.1f}"
+
+
+def test_figures_on_a_dark_page_keep_contrast():
+    share = float(re.search(r"invert\((\.\d+)\) hue-rotate\(180deg\)", widgets.STYLE)[1])
+    # What a browser makes of a colour: www.w3.org/TR/filter-effects-1/#invertEquivalent and #hueRotateEquivalent.
+    turned = np.array([[-0.574, 1.43, 0.144], [0.426, 0.43, 0.144], [0.426, 1.43, -0.856]])
+    white, *others = (
+        np.clip(turned @ (np.array(to_rgb(colour)) * (1 - 2 * share) + share), 0, 1)
+        for colour in ("white", *plots.COLOURS)
+    )
+    assert contrast(white, "#111111") < 1.2, "no brighter than the page"
+    for colour, seen in zip(plots.COLOURS, others, strict=True):
+        assert contrast(seen, white) >= (TEXT if colour in (*plots.DARK, "#000000") else DRAWN), colour
 
 
 @pytest.mark.parametrize("stem", LESSONS)

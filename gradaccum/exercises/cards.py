@@ -85,7 +85,7 @@ def _relation(result: Result) -> list[str]:
 
 
 def _tried(result: Result) -> list[str]:
-    lines = [f"Tried: {result.tried}."] if result.passed is False else []
+    lines = [f"Tried: {result.tried}."] if result.passed is False and result.tried else []
     return [*lines, result.problem] if result.problem else lines
 
 

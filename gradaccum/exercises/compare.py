@@ -74,7 +74,8 @@ def _relation(got: Sequence[float], expected: Sequence[float]) -> str:
     )
     if rest <= TOLERANCE * norm and (len(got) > 1 or simple):
         return f"exactly {factor:.5g} times as large"
-    return f"{100 * error / norm:.3g} % off"
+    apart = f"{100 * error / norm:.3g} % off"
+    return apart if len(got) == 1 else f"{apart}, relative to the length of what was expected"
 
 
 def _is_number(value: Plain) -> bool:

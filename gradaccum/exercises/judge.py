@@ -12,6 +12,8 @@ from gradaccum.exercises.run import Observed, Seen, observe, quietly, watch
 from gradaccum.exercises.weighing import Weights, weigh
 
 LEFT = "what it is given is left as it was"
+AGAIN = "This counts once what worked in the given code works again."
+SAME = "For the same reason, which is named below."
 UNKNOWN = "There may be more: mend this first, then run the check again."
 
 
@@ -75,14 +77,24 @@ def _judged_whole(question: Question, observed: Observed, seed: int | str) -> Ou
     if any(result.passed is False and result.points == 0 for result in results):
         outcome.points = 0
         outcome.note = "Something that worked in the given code no longer does: that has to hold first."
+        results[:] = [one._replace(passed=None, problem=AGAIN) if one.passed else one for one in results]
     if changed := next((one.changed for each in seen for one in each if one.changed), ""):
         results.append(Result(LEFT, -1, False, problem=changed))
         outcome.points = max(0, outcome.points - 1)
     passed = [verdict.passed for verdict in verdicts]
     if False in passed:
         outcome.recognized, outcome.mistake = _recognized(question, seen, passed, seed)
+        if outcome.recognized and outcome.mistake == outcome.recognized.sentence:  # it explains each row that failed
+            _say_once(results)
         _weigh(outcome, seen, seed)
     return outcome
+
+
+def _say_once(results: list[Result]) -> None:
+    """Leave the details to the first row that differs: the others would read as further mistakes."""
+    differing = [index for index, one in enumerate(results) if one.passed is False and one.difference]
+    for index in differing[1:]:
+        results[index] = results[index]._replace(tried="", difference=None, problem=SAME)
 
 
 def _weigh(outcome: Outcome, seen: list[list[Seen]], seed: int | str) -> None:

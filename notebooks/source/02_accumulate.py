@@ -120,8 +120,9 @@ assert abs(error - (accumulation_steps - 1)) < 1e-5
 # Does `.grad` forget what went into it?
 # If not, one can find faults in a loop by asking it, and later lessons do.
 #
-# What it holds is some **weight** times the first micro-batch's gradient, plus another times the second's, and so on.
-# Four weights are unknown, and every number in `.grad` is one equation for them.
+# What it holds is some factor times the first micro-batch's gradient, plus another times the second's, and so on.
+# Such a factor is called the micro-batch's **weight**; it has nothing to do with the weights of the model.
+# Four of them are unknown, and every number in `.grad` is one equation for them.
 # Least squares solves that in five lines.
 
 # %% solve-came-out [markdown] tags=["folded"]
@@ -145,8 +146,8 @@ total = collected(*starts)
 pieces = torch.stack([collected(start) for start in starts], dim=1)
 weights = torch.linalg.lstsq(pieces, total[:, None]).solution.flatten()
 unexplained = relative_error(pieces @ weights, total)
-print(f"{len(total):,} equations for {len(weights)} weights")
-print("weights:", " ".join(f"{weight:.4f}" for weight in weights))
+print(f"{len(total):,} equations for {len(weights)} unknown")
+print("weights of the micro-batches:", " ".join(f"{each:.4f}" for each in weights))
 print(f"unexplained: {100 * unexplained:.2f} %")
 
 # %% solve-figure tags=["hidden"] alt="Four bars of height 1, one for each micro-batch; the dashed outline around each foot is a quarter high: what it should have got."
@@ -160,7 +161,7 @@ assert (weights - 1).abs().max() < 1e-5
 assert unexplained < 1e-5
 
 # %% solve-why [markdown]
-# A bar is the **weight** that a micro-batch got, the dashed outline the one that it should have: here a quarter each, for the mean over 32 names.
+# A bar is the weight that a micro-batch got, the dashed outline the one that it should have: here a quarter each, for the mean over 32 names.
 # Nothing is unexplained: the sum is these four gradients and nothing else.
 #
 # Four unknowns are few and the equations are many, so the answer is the only one, unless two micro-batches have the same gradient.
@@ -348,8 +349,8 @@ assert four_pieces.at_peak["gradients"] == four_pieces.at_peak["parameters"]
 
 # %% peak-why [markdown]
 # More than a quarter, and for two reasons.
-# The weights are there however small the pieces are.
-# And the collected gradients must stay while the next micro-batch runs: one number for each weight, which the single batch did not hold at its peak.
+# The model's weights are there however small the pieces are.
+# And the collected gradients must stay while the next micro-batch runs: one number for each of the model's weights, which the single batch did not hold at its peak.
 # Nearly all the rest went down to a quarter, because each micro-batch's activations are freed before the next one starts.
 # The largest bar, *backward temporaries*, is what the backward pass makes on the way and frees again: above all two tensors as large as the logits, on the way from the loss back to them.
 #

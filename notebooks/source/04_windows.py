@@ -25,7 +25,15 @@ print(f"torch {torch.__version__}, running on the CPU")
 # ## Three micro-batches, k = 4
 #
 # The loop of lesson 3, on a small data set: three micro-batches of real names, ten epochs.
-# How many updates will that be?
+# It steps where `(step + 1) % accumulation_steps == 0`, and `step` comes from `enumerate(micro_batches)`.
+
+# %% never-guess tags=["nbval-ignore-output", "widget", "hidden"]
+never_guess = widgets.predict(
+    "Ten epochs of three micro-batches, k = 4. How many updates?"
+)
+
+# %% never-came-out [markdown] tags=["folded"]
+# ### What the ten epochs did
 
 # %% never-run
 names, characters, model = models.for_names(length=18)
@@ -43,16 +51,19 @@ for _epoch in range(10):
             optimizer.step()
             optimizer.zero_grad()
             updates += 1
+never_guess.reveal(updates, "updates")
+
+# %% never-check
 moved = (model[0].weight - before).abs().max()
-print(f"30 micro-batches, {updates} updates; the weights moved by {moved:.0f}")
+print(f"30 micro-batches; the weights moved by {moved:.0f}")
 
 # %% never-test tags=["test"]
 assert updates == 0
 assert moved == 0
 
 # %% never-why [markdown]
-# No error, no warning, a loss is printed if you ask for it, and nothing is learned.
-# `enumerate` starts again at each epoch, and `step + 1` never gets to 4.
+# No error, no warning, and nothing is learned.
+# `enumerate` starts again at each epoch, so `step + 1` never gets to 4.
 
 # %% edges [markdown]
 # ## Seven micro-batches, k = 3

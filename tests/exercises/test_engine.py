@@ -17,7 +17,7 @@ from IPython.utils.capture import capture_output
 from gradaccum import accumulate, exercises, windows
 from gradaccum.exercises import Score, check, compare, scorecard
 from gradaccum.exercises.compare import Difference, agree
-from gradaccum.exercises.judge import LEFT, UNKNOWN, grade, judge
+from gradaccum.exercises.judge import LEFT, SAME, UNKNOWN, grade, judge
 from gradaccum.exercises.question import Property, Question, known_mistakes, mistake
 from gradaccum.exercises.run import observe, plain
 from gradaccum.exercises.weighing import Gradient
@@ -347,7 +347,7 @@ def test_a_card_leads_with_the_relation_and_folds_the_numbers():
         ([0.5], [2.0], "exactly 0.25 times as large"),
         ([0.0, 0.0], [1.0, 2.0], "all zeros"),
         ([1.0, 1.0], [0.0, 0.0], "zeros were expected"),
-        ([1.0, 2.002], [1.0, 2.0], "0.0894 % off"),
+        ([1.0, 2.002], [1.0, 2.0], "0.0894 % off, relative to the length of what was expected"),
         ([float("nan"), 2.0], [1.0, 2.0], "not finite"),
         ([1.0], [1.0, 2.0], ""),
         (None, [1.0, 2.0], ""),
@@ -724,6 +724,17 @@ def test_a_repair_that_breaks_what_worked_earns_nothing():
     outcome = grade(HUNT, lambda x: 2 * x if x else 1.0)
     assert outcome.points == 0
     assert outcome.note.startswith("Something that worked in the given code no longer does")
+    assert [one.passed for one in outcome.results] == [None, False], "a row that says PASS would promise its points"
+
+
+def test_rows_of_one_mistake_show_it_once():
+    wrong = [at("the double", 3.0), at("that of another", 5.0, points=1)]
+    first, second = grade(question(wrong, squared), squared.answer).results
+    assert first.difference
+    assert first.tried
+    assert (second.passed, second.problem, second.difference, second.tried) == (False, SAME, None, "")
+    first, second = grade(question(wrong, squared), lambda x: x + 1).results
+    assert second.difference, "where no mistake explains all rows, each may be another"
 
 
 # ------------------------------------------------------------------------------------------------ the grader's mutants
