@@ -115,7 +115,7 @@ def test_the_entrypoint_runs_start(repository, tmp_path):
     assert done.stdout == f"1 {repository / 'binder' / 'jupyter'}:/theirs\n"
 
 
-def test_postbuild_installs_refuses_cuda_and_copies(repository, tmp_path):
+def test_postbuild_installs_and_refuses_cuda(repository, tmp_path):
     (tmp_path / "pip").write_text("#!/bin/sh\necho pip $*\n")
     (tmp_path / "pip").chmod(0o755)
     (tmp_path / "python").symlink_to(sys.executable)

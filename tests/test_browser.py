@@ -80,7 +80,7 @@ def calls(notebook):
                 yield cell, node
 
 
-def test_it_opens_without_answers_and_runs_without_errors(notebook):
+def test_it_hides_answers_and_runs_without_errors(notebook):
     assert notebook.given_away == []
     assert all(notebook.closed)
     assert len(notebook.closed) >= sum(cell["source"].count(".reveal(") for cell in notebook.code_cells().values())
@@ -135,7 +135,7 @@ def test_shift_enter_walks_through_a_lesson(chromium, lab, stem):
     notebook.close()
 
 
-def test_every_guess_opens_its_answer_by_keyboard_and_by_mouse(notebook):
+def test_every_guess_opens_its_answer(notebook):
     page, asked, revealed, looks_back, said, cells = notebook.page, {}, {}, [], {}, list(notebook.marks)
     for cell, node in calls(notebook):
         match node:
@@ -464,7 +464,7 @@ DIGEST = """async image => {
 }"""
 
 
-def test_every_view_shows_what_its_function_says_however_it_is_moved(notebook):
+def test_every_view_shows_what_its_function_says(notebook):
     waits = []
     for cell, node in calls(notebook):
         match node:
@@ -553,7 +553,7 @@ def test_it_looks_well_in_both_themes_and_narrow(notebook):
     assert wide == []
 
 
-def test_nothing_popped_up_went_wrong_or_left_the_machine(notebook):
+def test_nothing_pops_up_or_leaves_the_machine(notebook):
     assert notebook.popped_up == notebook.pop_ups() == []
     assert notebook.errors == []
     hosts = {urlsplit(url).hostname for url in notebook.requests if not url.startswith(("blob:", "data:"))}
@@ -614,7 +614,7 @@ def test_an_exercise_is_done_as_a_learner_does_it(chromium, lab):
     notebook.close()
 
 
-def test_a_cell_that_is_stopped_says_so_in_a_line_and_then_no_kernel_is_left(chromium, tmp_path):
+def test_a_stopped_cell_says_so_in_a_line(chromium, tmp_path):
     lab = Lab(tmp_path)
     try:
         notebook = Notebook(chromium, lab.address, "notebooks/00_start_here.ipynb")

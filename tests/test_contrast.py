@@ -161,13 +161,13 @@ FUNCTIONS = [
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
-def test_a_figure_can_be_read_and_told_without_colour(function):
+def test_a_figure_can_be_read_without_colour(function):
     figure = draw(function)
     assert figure.findobj(Text)
     assert unreadable(figure) == []
 
 
-def test_a_faint_line_a_grey_text_and_twins_are_noticed():
+def test_faint_lines_grey_text_and_twins_show():
     figure, (axis,) = plots.panels(["a title"])
     plots.lines(axis, [1, 2], {"seen": [1, 2], "twin": [2, 1]})
     axis.lines[1].set(marker="o", linestyle="-")
@@ -182,7 +182,7 @@ def test_a_faint_line_a_grey_text_and_twins_are_noticed():
     ]
 
 
-def test_faint_boxes_hatches_and_text_on_a_box_are_noticed():
+def test_faint_boxes_and_hatches_are_noticed():
     figure, (axis,) = plots.panels(["a title"])
     axis.barh(["a"], [3], color="#2450CC", label="one", hatch="//", edgecolor="#A83204")
     axis.barh(["a"], [3], left=3, color="#A83204", label="two")
@@ -231,7 +231,7 @@ def test_figures_on_a_dark_page_keep_contrast():
 
 
 @pytest.mark.parametrize("stem", LESSONS)
-def test_a_lesson_draws_with_the_colours_of_the_figures(stem):
+def test_a_lesson_draws_with_our_colours(stem):
     named = r"""#[0-9A-Fa-f]{6}\b|colou?rs?["']?\s*[=:]\s*["']"""
     assert re.findall(named, (NOTEBOOKS / "source" / f"{stem}.py").read_text(encoding="utf-8")) == []
 

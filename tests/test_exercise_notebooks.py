@@ -38,13 +38,13 @@ def cells(notebook, role):
 
 
 @each_lesson
-def test_an_exercise_notebook_is_what_its_source_says(lesson):
+def test_exercises_are_what_their_source_says(lesson):
     assert build.differences(SOURCES[lesson]) == []
     again = release.released(release.marked(build.read_source(SOURCES[lesson])))
     assert nbformat.writes(again) + "\n" == build.made_from(SOURCES[lesson]).read_text(encoding="utf-8")
 
 
-def test_the_worked_solutions_are_those_of_the_sources(tmp_path, monkeypatch):
+def test_worked_solutions_are_the_sources(tmp_path, monkeypatch):
     assert build.keep(build.kept(), build.check) == []
     monkeypatch.setattr(release, "ANSWERS", tmp_path / "answers.json")
     assert len(build.keep(build.kept(), build.check)) == 1
@@ -52,7 +52,7 @@ def test_the_worked_solutions_are_those_of_the_sources(tmp_path, monkeypatch):
 
 
 @each_lesson
-def test_every_question_has_its_cells_its_points_and_a_readable_id(lesson):
+def test_every_question_has_cells_points_and_id(lesson):
     notebook = handed_out(lesson)
     ids = [question.id.replace(".", "-") for question in exercises.questions_of(lesson)]
     for role in ("exercise", "answer", "try", "check", "hints"):
@@ -119,7 +119,7 @@ def run(notebook):
 
 
 @each_lesson
-def test_as_handed_out_it_runs_from_the_top_to_the_end_with_0_points(lesson):
+def test_as_handed_out_it_runs_and_earns_0_points(lesson):
     notebook = run(handed_out(lesson))
     assert set(scores(notebook).values()) == {0.0}
     for cell in notebook.cells:

@@ -94,7 +94,7 @@ def test_tags_are_known(lesson):
 # ------------------------------------------------------------------------------------------------ what is stored
 
 
-def test_every_code_cell_was_run_and_keeps_its_outputs(lesson):
+def test_every_code_cell_keeps_its_outputs(lesson):
     # nbval compares nothing where the count is missing, so a stripped notebook would pass it.
     counts = [cell.execution_count for cell in lesson.notebook.cells if cell.cell_type == "code"]
     assert counts == list(range(1, len(counts) + 1))
@@ -104,7 +104,7 @@ def test_every_code_cell_was_run_and_keeps_its_outputs(lesson):
             assert output.get("name") != "stderr", f"{cell.id} stores what went to stderr: {output.text}"
 
 
-def test_widget_cells_store_nothing_and_the_next_cell_tests_the_view(lesson):
+def test_a_widget_cell_is_tested_by_the_next(lesson):
     code = [cell for cell in lesson.with_tests.cells if cell.cell_type == "code"]
     for number, cell in enumerate(code):
         if not LIVE & set(calls(cell)):
@@ -126,7 +126,7 @@ def test_widget_cells_store_nothing_and_the_next_cell_tests_the_view(lesson):
             assert "application/vnd.jupyter.widget-view+json" not in output.get("data", {}), f"{cell.id} stores a view"
 
 
-def test_answers_are_closed_until_the_reader_opens_them(lesson):
+def test_answers_are_stored_closed(lesson):
     shown = [(cell.id, cell.source) for cell in lesson.prose]
     for cell in lesson.code:
         shown += [(cell.id, page) for output in cell.outputs for page in [output.get("data", {}).get("text/html", "")]]
@@ -150,7 +150,7 @@ def test_a_question_can_be_read_alone(lesson):  # in the recap it is
             assert not re.search(r"\b(that|this)\b", node.args[0].value), node.args[0].value
 
 
-def test_what_is_compared_does_not_depend_on_versions(lesson):
+def test_what_is_compared_names_no_version(lesson):
     for cell in lesson.code:
         if "nbval-ignore-output" not in tags(cell):
             for text in [text for texts in compared(cell.outputs).values() for text in texts]:
@@ -277,7 +277,7 @@ def test_every_cell_can_be_run_twice(lesson):
 
 
 @pytest.mark.slow
-def test_every_section_runs_alone_after_the_set_up(lesson):
+def test_every_section_runs_alone(lesson):
     for section in lesson.sections():
         fresh = copy.deepcopy(lesson.notebook)
         names = ["setup", *(cell.id for cell in section)]
@@ -419,7 +419,7 @@ def test_the_metadata_is_all_that_a_kernel_says():
     assert {"kernelspec": {**named, "name": KERNEL_NAME}, "language_info": kept} == build.METADATA
 
 
-def test_the_builder_makes_a_notebook_and_notices_each_difference(folder, capsys):
+def test_the_builder_notices_each_difference(folder, capsys):
     made = folder / "01_small.ipynb"
     assert build.main(["01_small"]) == 0
     assert capsys.readouterr().out.startswith("01_small: 4 cells, ")
@@ -484,7 +484,7 @@ def test_marks_become_what_jupyterlab_reads(folder):
     assert build.main([], build.check) == 0
 
 
-def test_a_lesson_runs_with_its_tests_and_a_wrong_one_is_named(folder, capsys):
+def test_a_wrong_test_cell_is_named(folder, capsys):
     source = folder / "source" / "01_small.py"
     source.write_text(MARKED)
     assert build.main(["01_small"], build.test) == 0
@@ -496,7 +496,7 @@ def test_a_lesson_runs_with_its_tests_and_a_wrong_one_is_named(folder, capsys):
     assert build.main(["01_small"]) == 0, "the page itself runs"
 
 
-def test_the_builder_names_the_cell_that_fails_and_writes_nothing(folder, capsys):
+def test_the_builder_names_the_cell_that_fails(folder, capsys):
     (folder / "source" / "01_small.py").write_text(f"{SOURCE}\n# %% broken\n1 / 0\n")
     assert build.main(["01_small.py"]) == 1
     assert "01_small.py, cell 'broken' failed: ZeroDivisionError: division by zero" in capsys.readouterr().err

@@ -248,7 +248,7 @@ def test_the_readme_s_loop_trains(capsys):
     assert re.findall(r"\d: micro-batches [^:]+: ([a-z ]+)\.", capsys.readouterr().out) == ["right"] * 3
 
 
-def test_public_functions_have_an_example_that_runs():
+def test_public_functions_have_an_example():
     functions = dict(public_functions())
     assert {"accumulation.accumulate", "accumulation.windows", "gradients.relative_error"} <= set(functions)
     examples = doctest.DocTestParser()
@@ -336,7 +336,7 @@ def test_mypy_knows_the_parts_and_no_other(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_wheel_can_be_installed_elsewhere_and_imported(tmp_path):
+def test_a_wheel_can_be_installed_elsewhere(tmp_path):
     def pip(*arguments):
         command = [sys.executable, "-m", "pip", "--quiet", *map(str, arguments)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -387,7 +387,7 @@ def test_the_makefile_names_every_command(make):
     assert shown(*command, cwd=ROOT, env=env).stdout == 'make.py/address/it\'s "$(echo odd)"/'
 
 
-def test_environment_and_constraints_fit_pyproject(make):
+def test_the_environment_fits_pyproject(make):
     text = environment.environment()
     for name in ("environment.yml", "binder/environment.yml"):
         assert (ROOT / name).read_bytes() == text.encode(), "run `make environment`"
@@ -418,7 +418,7 @@ def lab(python, folder, log, seconds, end):
 
 @posix
 @pytest.mark.slow
-def test_one_set_up_serves_lab_tests_and_a_kept_torch(tmp_path):
+def test_one_set_up_for_lab_tests_and_kept_torch(tmp_path):
     """Cold, from a Python with a torch; then again, at once; then the tests' packages on top."""
     folder = clone(tmp_path / "a clone, é")
     starter = folder / ".venv-of-mine"  # a name that begins like .venv, which pip could take for its own
