@@ -213,10 +213,7 @@ WRONG = {
         BATCH_NORM,
     ),
     "a mean kept": (lambda: by_items(mlp(Centred(), nn.Tanh()), classes, classes_sum), "see each other"),
-    "negatives from the batch": (
-        lambda: by_items(mlp(), pairs, lambda *a: pairs(*a) * len(a[2])),
-        SEE,
-    ),
+    "negatives from the batch": (lambda: by_items(mlp(), pairs, lambda *a: pairs(*a) * len(a[2])), SEE),
     "Dice over the batch": (lambda: by_items(mlp(), dice, lambda *a: dice(*a) * len(a[2])), SEE),
     "a balance loss": (
         lambda: by_items(mlp(), lambda *a: classes(*a) + balance(*a), lambda *a: classes_sum(*a) + balance(*a)),
@@ -733,11 +730,7 @@ def freezing():
         (lambda: complex_numbers(-1), False, "-1 times that gradient, in the opposite direction"),
         (lambda: sparse(lambda r: 3 * len(r)), True, ""),
         (lambda: sparse(len), False, "3 times that gradient, in the same direction"),
-        (
-            lambda: by_items(mlp(), pairs, lambda *a: {"a": pairs(*a) * len(a[2])}, lambda r: {"a": len(r)}),
-            False,
-            SEE,
-        ),
+        (lambda: by_items(mlp(), pairs, lambda *a: {"a": pairs(*a) * len(a[2])}, lambda r: {"a": len(r)}), False, SEE),
         (lambda: by_items(mlp(), classes, classes, lambda r: 1), False, "the pieces count 3 and it counts 1"),
     ],
 )

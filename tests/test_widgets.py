@@ -157,8 +157,7 @@ STEPS = {"exactly 0": 0.0, "below 0.00001": 1e-7, "about 0.001": 1e-3, "about 0.
 
 
 @pytest.mark.parametrize(
-    ("measured", "best"),
-    [(0, 0), (1e-16, 1), (9e-6, 1), (2e-5, 2), (9e-3, 2), (2e-2, 3), (50.0, 3), ("about 0.2", 3)],
+    ("measured", "best"), [(0, 0), (1e-16, 1), (9e-6, 1), (2e-5, 2), (9e-3, 2), (2e-2, 3), (50.0, 3), ("about 0.2", 3)]
 )
 def test_the_right_choice_is_nearest_by_ratio(screen, measured, best):
     for number, label in enumerate(STEPS):
