@@ -91,10 +91,7 @@ def measure(
     orders = [random.Random(number).sample(lines, count) for number in range(3)]
     permuted = [relative_error(gradient(PERMUTED, fresh(), [characters.batch(order)]), expected) for order in orders]
     full = gradient(FULL, fresh(), whole)
-    errors = {
-        (FULL, 1): relative_error(full, expected),
-        (PERMUTED, 1): sum(permuted) / len(permuted),
-    }
+    errors = {(FULL, 1): relative_error(full, expected), (PERMUTED, 1): sum(permuted) / len(permuted)}
     layer = {name: type(module).__name__ for name, module in original.named_modules()}
     of = [layer[name.rpartition(".")[0]] for name, _ in original.named_parameters()]
     for kind in KINDS:

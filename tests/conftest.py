@@ -10,8 +10,8 @@ from hypothesis import settings
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
-# The builder, and what tests share.
-sys.path[:0] = map(str, (ROOT / "notebooks" / "source", TESTS, TESTS / "exercises"))
+# What makes things, and what tests share.
+sys.path[:0] = map(str, (ROOT / "tools", TESTS, TESTS / "exercises", TESTS / "exercises/answers", TESTS / "helpers"))
 WAS_THERE = pytest.StashKey[dict[str, tuple[int, int]]]()
 
 # A slow machine is no failure. In CI the same examples run each time, so that red means a change and not luck.
@@ -30,6 +30,21 @@ with suppress(ImportError):
     import matplotlib
 
     matplotlib.use("agg")
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """Chromium; where there is none the test is skipped, and in CI it fails."""
+    from browser import start_chromium
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = start_chromium(playwright)
+        if browser is None:
+            message = "No Chromium was found: install Debian's `chromium`, or run `playwright install chromium`."
+            (pytest.fail if os.environ.get("CI") else pytest.skip)(message)
+        yield browser
+        browser.close()
 
 
 def learner_files():

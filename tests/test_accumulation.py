@@ -50,7 +50,7 @@ def test_windows_are_the_input_in_lists_of_k(items, steps):
     assert len(windows(items, steps)) == len(expected)
 
 
-def test_windows_read_no_further_than_the_list_they_yield():
+def test_windows_read_no_further_than_they_yield():
     source = iter(range(7))
     updates = windows(source, 3)
     assert (bool(updates), length_hint(source)) == (True, 7)
@@ -77,7 +77,7 @@ class Stream(IterableDataset):
         (DataLoader(Stream(), batch_size=None), False),
     ],
 )
-def test_windows_can_be_iterated_again_and_twice_at_a_time(micro_batches, has_length):
+def test_windows_can_be_iterated_again(micro_batches, has_length):
     epoch = windows(micro_batches, 2)
     assert list(epoch) == list(epoch) == [[0, 1], [2]]
     assert list(zip(epoch, epoch, strict=True)) == [([0, 1], [0, 1]), ([2], [2])]
@@ -174,7 +174,7 @@ cuts = st.lists(st.tuples(piece, kind), min_size=1, max_size=7)
 @pytest.mark.parametrize("name", TASKS)
 @settings(repeatable, max_examples=60)
 @given(cut=cuts, seed=st.integers(0, 2**31), scale=st.sampled_from([None, 1024.0]))
-def test_any_cut_of_any_window_gives_the_full_batch_gradient(name, cut, seed, scale):
+def test_any_cut_gives_the_full_batch_gradient(name, cut, seed, scale):
     pieces, kinds = zip(*cut, strict=True)
     task, samples, window = make(name, pieces, seed)
     window = [(*batch, kind) for batch, kind in zip(window, kinds, strict=True)]
@@ -197,7 +197,7 @@ def test_any_cut_of_any_window_gives_the_full_batch_gradient(name, cut, seed, sc
     assert result.loss.item() == pytest.approx(mean, rel=1e-12)  # the scaler does not scale it
 
 
-def test_it_returns_the_loss_and_the_count_and_changes_nothing_but_grad():
+def test_it_changes_nothing_but_grad():
     task, _, window = make()
     before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
     result = accumulate(task.model, window, task.loss_sum, task.count)
@@ -235,7 +235,7 @@ def test_weights_may_be_counted_instead_of_items():
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-def test_a_loss_that_is_not_finite_is_no_error_and_the_scaler_skips_the_step(scaled):
+def test_the_scaler_skips_a_nonfinite_step(scaled):
     task, _, window = make("embedding_linear")
     before = [parameter.detach().clone() for parameter in task.model.parameters()]
     scaler = torch.amp.GradScaler("cpu", enabled=scaled)
@@ -248,7 +248,7 @@ def test_a_loss_that_is_not_finite_is_no_error_and_the_scaler_skips_the_step(sca
         assert relative_error(list(task.model.parameters()), before) == 0
 
 
-def test_the_dtype_of_grad_is_the_parameters_own_choice():
+def test_the_dtype_of_grad_is_the_parameters():
     # 1024 pieces of 1/1024 each: in bf16 the sum stalls at a quarter, in float32 it is exact.
     for dtype, total in ((torch.bfloat16, 0.25), (torch.float32, 1.0)):
         model = nn.Linear(1, 1, bias=False).bfloat16()
@@ -409,7 +409,7 @@ def test_a_key_that_counts_nothing_is_left_out(without):
     assert relative_error([parameter.grad for parameter in model.parameters()], expected) < 1e-12
 
 
-def test_a_micro_batch_that_counts_nothing_needs_no_graph():
+def test_a_count_of_nothing_needs_no_graph():
     model = Detector()
 
     def losses(rows):
@@ -449,7 +449,7 @@ def test_bad_dicts_are_refused(losses, counts, error, said):
     assert model.weight.grad is None
 
 
-def test_dicts_that_differ_between_micro_batches_are_refused():
+def test_dicts_that_differ_are_refused():
     for other, error, said in (({"b": 1}, ValueError, "return 0 for a loss without items"), (1, TypeError, "or none")):
         with refused(error, said):
             accumulate(nn.Linear(1, 1), [0, 1], never, [{"a": 1}, other].__getitem__)
@@ -498,7 +498,7 @@ def test_a_loss_of_another_model_is_refused():
 
 @pytest.mark.parametrize("keyed", [False, True])
 @pytest.mark.parametrize("factors", [(1, inf, 1), (nan, 1, -inf)])
-def test_nonfinite_losses_are_named_and_can_be_left_out(factors, keyed):
+def test_nonfinite_losses_are_named(factors, keyed):
     task, _, window = make("mlp")
     bad = [index for index, factor in enumerate(factors) if not math.isfinite(factor)]
     window = list(zip(window, factors, strict=True))
@@ -554,7 +554,7 @@ def lomo(model):
 
 
 @pytest.mark.parametrize("hooks", [in_backward, lomo])
-def test_an_optimizer_that_steps_in_backward_is_refused(hooks):
+def test_a_step_in_backward_is_refused(hooks):
     task, samples, window = make("mlp")
     task = Task(copy.deepcopy(task.model))
     handles = hooks(task.model)
@@ -577,7 +577,7 @@ def test_an_optimizer_that_steps_in_backward_is_refused(hooks):
     assert relative_error(task.gradients(), task.full_batch(samples)[0]) < 1e-12
 
 
-def test_hooks_that_take_nothing_away_pass_and_ours_are_gone():
+def test_hooks_that_take_nothing_away_pass():
     task, samples, window = make("mlp")
     task, norms, unused = Task(copy.deepcopy(task.model)), [], nn.Linear(2, 2)
     doubled = [2 * gradient for gradient in task.full_batch(samples)[0]]
@@ -652,7 +652,7 @@ def ranks(request):
 
 @pytest.mark.parametrize("ranks", [1, 2], indirect=True)
 @pytest.mark.parametrize("wrapper", ["", "DistributedDataParallel", "FSDPModule", "compiled"])
-def test_several_processes_are_refused_before_any_forward(ranks, wrapper):
+def test_several_processes_are_refused_first(ranks, wrapper):
     from torch.distributed.fsdp import fully_shard
 
     model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 2)).double()
@@ -701,7 +701,7 @@ def test_a_window_can_be_used_twice_as_sam_does():
     assert relative_error(cut, whole) < 1e-12
 
 
-def test_second_order_gradients_go_through_a_window_of_tasks():
+def test_second_order_gradients_over_tasks():
     torch.manual_seed(0)
     model = nn.Linear(3, 1).double()
 
@@ -718,7 +718,7 @@ def test_second_order_gradients_go_through_a_window_of_tasks():
     assert relative_error([each.grad for each in model.parameters()], expected) < 1e-12
 
 
-def test_a_state_that_is_detached_goes_from_micro_batch_to_micro_batch():
+def test_a_detached_state_is_carried_on():
     torch.manual_seed(0)
     memory, head = nn.GRU(3, 4).double(), nn.Linear(4, 1).double()
 
@@ -789,7 +789,7 @@ def waited(monkeypatch):
 @pytest.mark.parametrize("nonfinite", ["pass", "raise"])
 @pytest.mark.parametrize("keys", [None, ["one"], ["one", "two"]])
 @pytest.mark.parametrize("counted", [torch.clone, int])
-def test_at_most_one_wait_a_window_and_one_to_raise(waited, counted, keys, nonfinite, scaler):
+def test_one_wait_a_window_and_one_to_raise(waited, counted, keys, nonfinite, scaler):
     task, _, window = make("mlp", cut=((2, 0.0),) * 8)
     numbers = [counted(torch.tensor(5)) for _ in window]
 
@@ -817,7 +817,7 @@ def test_the_waits_are_seen(waited):
 
 
 @pytest.mark.parametrize("scaler", SCALERS)
-def test_nothing_of_a_graph_is_alive_during_the_next_forward(scaler):
+def test_no_graph_is_alive_in_the_next_forward(scaler):
     alive, saved = weakref.WeakSet(), []
 
     class Kept:
@@ -858,7 +858,7 @@ def never(micro_batch):
 
 @pytest.mark.parametrize("bad", [-1, torch.tensor(-3), -0.5, nan, inf, torch.tensor(nan), torch.tensor(inf)])
 @pytest.mark.parametrize("good", [2, torch.tensor(2.0)])
-def test_a_count_that_is_negative_or_not_finite_is_refused(good, bad):
+def test_a_negative_or_infinite_count_is_refused(good, bad):
     with refused(ValueError, "count", "micro-batch 1", f"{float(bad):g}"):
         accumulate(nn.Linear(2, 1), [0, 1], never, [good, bad].__getitem__)
 
@@ -872,7 +872,7 @@ def test_a_count_that_is_no_number_is_refused(bad):
         accumulate(nn.Linear(2, 1), [0, 1], never, [2, bad].__getitem__)
 
 
-def test_an_empty_window_and_a_model_with_nothing_to_train_are_refused():
+def test_nothing_to_train_or_to_read_is_refused():
     for window in ([], iter(())):
         with refused(ValueError, "window is empty"):
             accumulate(nn.Linear(2, 1), window, never, never)
@@ -883,7 +883,7 @@ def test_an_empty_window_and_a_model_with_nothing_to_train_are_refused():
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("value", [0.0, 1.0])
-def test_a_grad_that_is_already_there_is_refused_and_left_alone(value, frozen):
+def test_a_grad_already_there_is_refused_and_kept(value, frozen):
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     left = model[1].weight.grad = torch.full((1, 2), value)
     model[1].weight.requires_grad_(not frozen)
@@ -904,7 +904,7 @@ def test_a_grad_that_is_already_there_is_refused_and_left_alone(value, frozen):
         (lambda loss: loss.detach(), ValueError, "without a graph"),
     ],
 )
-def test_a_bad_loss_is_refused_and_every_grad_is_none_again(spoil, error, said):
+def test_a_bad_loss_is_refused_and_resets_grad(spoil, error, said):
     task, _, window = make("mlp")
 
     def loss_sum(batch):
@@ -919,7 +919,7 @@ def test_a_bad_loss_is_refused_and_every_grad_is_none_again(spoil, error, said):
 
 @pytest.mark.parametrize("place", ["count", "forward", "backward"])
 @pytest.mark.parametrize("error", [KeyError(), torch.OutOfMemoryError("full"), KeyboardInterrupt(), SystemExit(3)])
-def test_any_error_passes_through_and_the_window_works_in_smaller_pieces(error, place):
+def test_any_error_passes_and_a_retry_works(error, place):
     task, samples, window = make("mlp")
 
     def fail(*_):

@@ -337,7 +337,7 @@ def test_every_kind_is_found():
     assert {kind for _, _, kinds, _ in WRONG.values() for kind in kinds} == set(KINDS)
 
 
-def test_a_discriminator_with_the_generators_gradients_is_no_weighted_sum():
+def test_a_discriminator_with_foreign_gradients():
     torch.manual_seed(0)
     generator, judge = nn.Linear(6, 6), nn.Linear(6, 1)
     optimizer = sgd(judge.parameters())
@@ -408,7 +408,7 @@ def test_a_limit_and_an_iterator():
     assert seen(DataLoader([1, 2, 3], batch_size=2)).batch_size == 2
 
 
-def test_a_collator_notes_and_labels_may_be_popped():
+def test_a_collator_with_notes_and_popped_labels():
     model = net()
     optimizer, rows = sgd(model.parameters()), [{"x": x, "y": y} for x, y in micro_batches(UNEQUAL)]
     with audit(
@@ -585,7 +585,7 @@ def test_a_window_is_stepped_once(make):
 
 
 @pytest.mark.parametrize("divided", [True, False])
-def test_hooks_of_the_loop_are_in_its_gradient_and_not_in_ours(divided):
+def test_a_loops_hooks_are_in_its_gradient_alone(divided):
     model = net()
     optimizer = sgd(model.parameters())
     for parameter in model.parameters():
@@ -616,7 +616,7 @@ def test_a_small_part_that_is_not_cleared_is_seen():
     assert "1." in seen.updates[1].verdict
 
 
-def test_a_further_term_that_hardly_changes_is_no_leak():
+def test_a_term_that_hardly_changes_is_no_leak():
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
 
@@ -704,7 +704,7 @@ def test_a_scaler_skips_a_window_that_overflows():
     ]
 
 
-def test_optimizers_in_backward_make_no_step_of_ours():
+def test_a_step_in_backward_is_none_of_ours():
     def states(with_audit):
         model = net()
         optimizers = {each: torch.optim.Adam([each]) for each in model.parameters()}
@@ -768,7 +768,7 @@ def test_a_gradient_that_is_zero_tells_nothing():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_dropped_window_and_the_same_micro_batches_shuffled(seed):
+def test_a_dropped_window_and_a_shuffled_epoch(seed):
     loader, order = micro_batches([4] * 6), torch.Generator().manual_seed(seed)
     model = net()
     optimizer = sgd(model.parameters())
@@ -819,7 +819,7 @@ class Tied(nn.Module):
 
 @pytest.mark.parametrize("scale", [1e-3, 1e-5])
 @pytest.mark.parametrize("loses", [False, True])
-def test_weights_that_a_closure_holds_and_a_part_that_is_lost(scale, loses):
+def test_weights_in_a_closure_and_a_lost_part(scale, loses):
     model, temperature = Tied(scale), nn.Parameter(torch.tensor(1.5))
     parameters = [*model.parameters(), temperature]
     optimizer = torch.optim.Adam(parameters, lr=0.01)
@@ -855,7 +855,7 @@ def test_a_bias_that_a_norm_takes_off_is_no_fault():
     assert kinds_of(seen) == ["right"] * 2
 
 
-def test_epochs_of_the_same_micro_batches_with_a_step_that_is_skipped():
+def test_equal_epochs_with_a_skipped_step():
     model, loader = net(), micro_batches([4] * 4)
     optimizer = sgd(model.parameters())
     with audit(model, optimizer, lambda b: total(model, b), items, accumulation_steps=4) as seen:
@@ -910,7 +910,7 @@ def test_two_optimizers_share_a_model():
     assert "the step of another optimizer, if it came first" in seen.updates[0].verdict
 
 
-def test_a_micro_batch_without_items_hides_no_fault_and_makes_none():
+def test_an_empty_micro_batch_hides_no_fault():
     model = net()
     optimizer = sgd(model.parameters())
 
@@ -945,7 +945,7 @@ def test_what_it_is_given_is_looked_at(options, error, said):
     assert len(optimizer._optimizer_step_pre_hooks) == 0
 
 
-def test_it_can_be_used_again_and_notes_no_more_than_it_needs():
+def test_it_can_be_used_again():
     model = net()
     optimizer = sgd(model.parameters())
     context = audit(model, optimizer, lambda b: total(model, b), items, accumulation_steps=2, updates=1)

@@ -54,7 +54,7 @@ def test_the_halves_are_fixed_and_balanced():
     assert zlib.crc32(repr(sorted(halves.items())).encode()) == 982574603
 
 
-def test_a_quick_run_is_complete_and_equal_to_the_byte(tmp_path):
+def test_a_quick_run_is_equal_to_the_byte(tmp_path):
     code, found = record(tmp_path, "--device", "cpu", "--quick")
     assert (code, found["summary"]["problems"], found["summary"]["planned minus found"]) == (0, [], [0])
     assert {"date", "kind", "device", "torch", "gradaccum", "Python", "command", "baseline_bytes"} <= set(
@@ -110,7 +110,7 @@ def errors(monkeypatch):
         (errors, 2, {"out of memory": 1, "failed": 1, "ran": 2}),
     ],
 )
-def test_what_is_wrong_is_noticed_and_stops_nothing(monkeypatch, few, tmp_path, fault, problems, outcomes):
+def test_a_fault_is_noticed_and_stops_nothing(monkeypatch, few, tmp_path, fault, problems, outcomes):
     assert record(tmp_path, "--device", "cpu")[0] == 0
     fault(monkeypatch)
     code, found = record(tmp_path, "--device", "cpu")

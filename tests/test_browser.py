@@ -7,40 +7,24 @@ import ast
 import json
 import os
 import re
-import statistics
 import time
 from urllib.parse import urlsplit
 
 import build
 import nbformat
 import pytest
-from browser import ROOT, Lab, Notebook, start_chromium
-from playwright.sync_api import expect, sync_playwright
+from axe_playwright_python.sync_playwright import Axe
+from browser import ROOT, Lab, Notebook, settle
+from files import NAMES
+from playwright.sync_api import expect
 
 from gradaccum import exercises, widgets
 from gradaccum.interrupts import STOPPED
 
 pytestmark = pytest.mark.browser
-NOTEBOOKS = ROOT / "notebooks"
-PATHS = sorted(str(path.relative_to(ROOT)) for path in NOTEBOOKS.glob("[0-9]*.ipynb"))
-PATHS += sorted(str(path.relative_to(ROOT)) for path in NOTEBOOKS.glob("exercises/[0-9]*.ipynb"))
+PATHS = [f"notebooks/{name}.ipynb" for name in NAMES]
 WARNS = {"try-4-4"}  # as handed out, it moves the schedule before the first update, and a hint speaks of the warning
 SCREENSHOTS = ROOT / os.environ.get("SCREENSHOTS", ".screenshots")
-
-
-def test_these_are_all_notebooks():
-    assert len(PATHS) == 13
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    with sync_playwright() as playwright:
-        browser = start_chromium(playwright)
-        if browser is None:
-            message = "No Chromium was found: install Debian's `chromium`, or run `playwright install chromium`."
-            (pytest.fail if os.environ.get("CI") else pytest.skip)(message)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +80,7 @@ def calls(notebook):
                 yield cell, node
 
 
-def test_it_opens_without_answers_and_runs_without_errors(notebook):
+def test_it_hides_answers_and_runs_without_errors(notebook):
     assert notebook.given_away == []
     assert all(notebook.closed)
     assert len(notebook.closed) >= sum(cell["source"].count(".reveal(") for cell in notebook.code_cells().values())
@@ -151,7 +135,7 @@ def test_shift_enter_walks_through_a_lesson(chromium, lab, stem):
     notebook.close()
 
 
-def test_every_guess_opens_its_answer_by_keyboard_and_by_mouse(notebook):
+def test_every_guess_opens_its_answer(notebook):
     page, asked, revealed, looks_back, said, cells = notebook.page, {}, {}, [], {}, list(notebook.marks)
     for cell, node in calls(notebook):
         match node:
@@ -313,19 +297,19 @@ def test_the_focus_stays_without_a_guess(questions):
         page.keyboard.type(empty)
         page.keyboard.press("Enter")
         expect(view).to_contain_text("Give a guess first")
-        page.wait_for_timeout(300)
+        settle(page)
         expect(box).to_be_focused()
     view, box, commit = ask(questions, "box")
     commit.click()
     expect(view).to_contain_text("Give a guess first")
-    page.wait_for_timeout(300)
+    settle(page)
     expect(commit).to_be_focused()
     page.evaluate("() => context.sessionContext.session.kernel.restart()")
     expect(questions.output("box", ".jupyter-widgets-disconnected")).not_to_have_count(0)  # nobody hears the view now
     box.click()
     page.keyboard.type("12")
     page.keyboard.press("Enter")
-    page.wait_for_timeout(300)
+    settle(page)
     expect(box).to_be_focused()
     assert all("Cannot send" in error for error in questions.errors)
     questions.errors.clear()  # ipywidgets says so of the last guess
@@ -338,7 +322,7 @@ def test_who_leaves_the_box_goes_where_they_want(questions):
     page.keyboard.type("12")
     page.keyboard.press("Tab")
     expect(view).to_contain_text("You said 12.")
-    page.wait_for_timeout(300)
+    settle(page)
     expect(commit).to_be_focused()
     page.keyboard.press("Space")  # the guess is taken already, and now they are done
     expect(questions.cell("box-run")).to_be_focused()
@@ -347,7 +331,7 @@ def test_who_leaves_the_box_goes_where_they_want(questions):
     page.keyboard.type("12")
     questions.cell("setup").locator(".jp-InputPrompt").first.click()
     expect(view).to_contain_text("You said 12.")
-    page.wait_for_timeout(300)
+    settle(page)
     assert questions.focus() == ("setup", "command")
 
 
@@ -376,7 +360,7 @@ def test_the_focus_stays_for_a_second_question(questions):
     keyboard.type("12")
     keyboard.press("Enter")
     expect(views.first).to_contain_text("You said 12.")
-    questions.page.wait_for_timeout(300)
+    settle(questions.page)
     expect(box).to_be_focused()
     buttons.last.click()
     expect(questions.cell("prose")).to_be_focused()
@@ -418,12 +402,12 @@ def test_outside_of_jupyterlab_the_focus_stays(chromium):
     page.set_content(f"<div tabindex=0>{view}</div><div tabindex=0></div>{widgets._in_the_browser()}")
     box, commit = page.locator("input"), page.locator("button")
     box.press("Enter")
-    page.wait_for_timeout(300)
+    settle(page)
     assert len(clicks) == 1  # the button has it said that a guess is missing
     box.fill("12")
     for target in (box, commit):
         target.press("Enter")
-        page.wait_for_timeout(300)
+        settle(page)
         expect(target).to_be_focused()
     assert [len(clicks), *errors] == [2]
     page.close()
@@ -438,6 +422,7 @@ class View:
         # The same call, but of a function that prints what the first argument gives for what the controls show.
         self.call = ast.Call(ast.Name("said"), [call.args[0], ast.Name("shown")], call.keywords)
         notebook.ask(SAID)
+        self.drawn = []  # seconds that the kernel took to draw the same picture
 
     def shown(self):
         """What each control reads, the sentence, and the picture's digest."""
@@ -455,8 +440,9 @@ class View:
     def agrees(self):
         """Wait until the view shows what its function says; return that."""
         for _ in range(20):
-            shown = self.shown()
+            shown, begin = self.shown(), time.perf_counter()
             said = json.loads(self.notebook.ask(f"shown = {shown[0]}\n{ast.unparse(self.call)}"))
+            self.drawn.append(time.perf_counter() - begin)
             if shown[1:] == said:
                 return shown
             self.notebook.page.wait_for_timeout(100)
@@ -478,7 +464,7 @@ DIGEST = """async image => {
 }"""
 
 
-def test_every_view_shows_what_its_function_says_however_it_is_moved(notebook):
+def test_every_view_shows_what_its_function_says(notebook):
     waits = []
     for cell, node in calls(notebook):
         match node:
@@ -543,15 +529,23 @@ def test_every_view_shows_what_its_function_says_however_it_is_moved(notebook):
             expect(view.output.locator("p")).to_have_text(start[1])
             expect(view.picture).to_have_attribute("alt", start[1])
             assert view.agrees() == start
-        seen = f"median {statistics.median(waits):.2f} s, least {min(waits):.2f} s of {len(waits)} moves"
+        seen = f"least {min(waits):.2f} s of {len(waits)}, least to draw {min(view.drawn):.2f} s of {len(view.drawn)}"
         print(f"{notebook.path}, {cell}: from the key to the new picture {seen}")
-        assert min(waits) < 0.3, seen
+        assert min(waits) < min(view.drawn), seen
 
 
-def test_it_looks_well_in_both_themes_and_on_a_narrow_page(notebook):
+# JupyterLab drops a picture's alt text; the rest is of pages, and an output is a part of one.
+NOT_OURS = {name: {"enabled": False} for name in ("image-alt", "region")}
+OURS = ".jp-OutputArea-output .gradaccum-view, .jp-RenderedHTML [role], .jp-RenderedHTML details"
+
+
+def test_it_looks_well_in_both_themes_and_narrow(notebook):
     stem = notebook.path.removeprefix("notebooks/").removesuffix(".ipynb").replace("/", "_")
-    notebook.picture(SCREENSHOTS / f"{stem}_dark.png", theme="JupyterLab Dark")
-    notebook.picture(SCREENSHOTS / f"{stem}_light.png")
+    for name in ("dark", "light"):
+        notebook.picture(SCREENSHOTS / f"{stem}_{name}.png", theme=f"JupyterLab {name.title()}")
+        assert notebook.page.locator(OURS).count()
+        found = Axe().run(notebook.page, {"include": [OURS]}, {"rules": NOT_OURS})
+        assert found.violations_count == 0, found.generate_report()
     notebook.picture(SCREENSHOTS / f"{stem}_800.png", width=800)
     outputs = notebook.page.locator(".jp-OutputArea, .jp-OutputArea-output, .jp-OutputArea .widget-box")
     wide = outputs.evaluate_all("""nodes => nodes.filter(node => node.scrollWidth > node.clientWidth + 1)
@@ -559,7 +553,7 @@ def test_it_looks_well_in_both_themes_and_on_a_narrow_page(notebook):
     assert wide == []
 
 
-def test_nothing_popped_up_went_wrong_or_left_the_machine(notebook):
+def test_nothing_pops_up_or_leaves_the_machine(notebook):
     assert notebook.popped_up == notebook.pop_ups() == []
     assert notebook.errors == []
     hosts = {urlsplit(url).hostname for url in notebook.requests if not url.startswith(("blob:", "data:"))}
@@ -620,7 +614,7 @@ def test_an_exercise_is_done_as_a_learner_does_it(chromium, lab):
     notebook.close()
 
 
-def test_a_cell_that_is_stopped_says_so_in_a_line_and_then_no_kernel_is_left(chromium, tmp_path):
+def test_a_stopped_cell_says_so_in_a_line(chromium, tmp_path):
     lab = Lab(tmp_path)
     try:
         notebook = Notebook(chromium, lab.address, "notebooks/00_start_here.ipynb")

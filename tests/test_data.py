@@ -17,7 +17,7 @@ NAMES = data.character_names()
 ALPHABET = Characters(NAMES)
 
 
-def test_the_names_are_the_same_in_every_year_and_the_ranges_ascend():
+def test_names_are_fixed_and_ranges_ascend():
     digest = hashlib.sha256("\n".join(NAMES).encode()).hexdigest()
     assert digest == "6cb69f9d3d74713ed0db96980808fdbe75e0a2362398f988518ba0693429414e"
     assert len(NAMES) == len(set(NAMES)) == 4765
@@ -55,7 +55,7 @@ def test_ignored_is_what_torch_leaves_out():
     assert cross_entropy(logits, torch.tensor([3, IGNORED])) == cross_entropy(logits[:1], torch.tensor([3]))
 
 
-def test_characters_do_not_depend_on_the_order_of_the_lines_and_refuse_others():
+def test_characters_depend_on_no_order():
     assert Characters(NAMES[::-1]).encode(NAMES[7]) == ALPHABET.encode(NAMES[7])
     for lines in ([], [""]):
         with pytest.raises(ValueError, match="no character"):
@@ -79,7 +79,7 @@ def test_a_text_file_of_your_own(tmp_path):
             text_lines(path)
 
 
-def test_a_seed_alone_decides_and_random_tokens_are_the_first_lessons():
+def test_a_seed_alone_decides():
     before = torch.get_rng_state()
     order, tokens = shuffled(NAMES, seed=5), torch.stack([torch.stack(pair) for pair in random_tokens(seed=5)])
     assert torch.equal(torch.get_rng_state(), before)

@@ -22,7 +22,7 @@ KINDS = {
 
 
 def test_the_sheet_is_as_made():
-    assert faults.PAGE.read_text("utf-8") == faults.page(), "make it again: python notebooks/source/faults.py"
+    assert faults.PAGE.read_text("utf-8") == faults.page(), "make it again: python tools/faults.py"
 
 
 def test_the_sheet_has_every_fault_once():

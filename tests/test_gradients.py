@@ -67,7 +67,7 @@ def test_relative_error_refuses(actual, expected, error, given):
 
 
 @pytest.mark.parametrize("grad_dtype", [None, torch.float32])
-def test_float64_on_request_equals_autograd_by_hand(grad_dtype):
+def test_float64_equals_autograd_by_hand(grad_dtype):
     model = nn.Linear(3, 2).bfloat16()
     if grad_dtype:
         model.weight.grad_dtype = grad_dtype
@@ -96,7 +96,7 @@ def test_float64_on_request_equals_autograd_by_hand(grad_dtype):
     assert (given["rest"].x.dtype, torch.get_default_dtype()) == (torch.float32, torch.float32)
 
 
-def test_a_number_that_is_changed_in_place_stays_what_it_is():
+def test_a_number_changed_in_place_stays():
     model, seen = nn.Linear(2, 1), torch.zeros(2)
 
     def loss(x):
@@ -126,7 +126,7 @@ class Noisy(nn.Module):
 @pytest.mark.parametrize("dtype", [None, torch.float64])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("fails", [False, True])
-def test_full_batch_gradient_leaves_everything_as_it_was(dtype, training, fails):
+def test_full_batch_gradient_changes_nothing(dtype, training, fails):
     torch.manual_seed(0)
     model = Noisy().train(training)
     model.layers[0].weight.grad = torch.ones(8, 3)
@@ -165,7 +165,7 @@ def test_full_batch_gradient_leaves_everything_as_it_was(dtype, training, fails)
     assert model.layers[0].weight.grad.dtype == torch.float32
 
 
-def test_the_form_with_a_window_is_refused_in_a_sentence():
+def test_the_form_with_a_window_is_refused():
     model = nn.Linear(1, 1)
     for arguments, names in (((len,), {}), ((), {"count": len}), ((len,), {"dtype": torch.float64})):
         with pytest.raises(TypeError, match=r"one batch and your own loss of it.*full_batch_gradient\(model, batch"):
@@ -187,7 +187,7 @@ def test_full_batch_gradient_refuses(loss, error, said):
         full_batch_gradient(model, torch.ones(2, 1), lambda x: loss(model, x))
 
 
-def test_several_modules_and_a_parameter_that_they_share():
+def test_several_modules_and_a_shared_parameter():
     one, other = nn.Linear(2, 2, bias=False), nn.Linear(2, 2)
     other.weight = one.weight
     x = torch.randn(3, 2)

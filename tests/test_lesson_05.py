@@ -20,7 +20,7 @@ SOURCES = build.sources()
 CELLS = {cell.id: cell.source for cell in build.read_source(SOURCES["exercises/05_exercises"]).cells}
 
 
-def test_the_losses_are_word_for_word_the_notebooks():
+def test_the_losses_are_the_notebooks():
     shown = ast.parse(CELLS["losses-5-5"]).body
     checked = [ast.parse(inspect.getsource(loss)).body[0] for loss in losses_05.WHOLE.values()]
     assert [*map(ast.unparse, shown)] == [*map(ast.unparse, checked)]
@@ -111,14 +111,14 @@ def test_the_weights_are_those_of_a_real_loop(loop):
 
 
 @pytest.mark.parametrize("loop", audits_05.LOOPS)
-def test_the_line_mends_the_loop_and_no_other_does(loop):
+def test_one_line_mends_the_loop_and_no_other(loop):
     mending = {LINES_OF[loop]} | ({"A", "D", "E", "F"} if loop == audits_05.RIGHT else set())
     for line in MENDS:
         updates, _ = audited(loop, (2, 6, 1, 3, 5, 4), 4, line)
         assert ({update.kind for update in updates} == {"right"}) == (line in mending), line
 
 
-def test_every_window_drawn_keeps_what_the_text_says():
+def test_every_window_drawn_fits_the_text():
     for seed in range(20):
         for case in itertools.chain(*exercises.find("5.6").cases(seed)):
             sizes, k, weights = case["counts"], case["k"], case["weights"]

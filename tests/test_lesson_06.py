@@ -32,7 +32,7 @@ def total(roles):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", ["GPT-2 small", "GPT-2 medium", "GPT-2 large", "GPT-2 XL", "7 billion"])
-def test_the_line_from_no_layer_and_one_is_exact_at_every_depth(shape):
+def test_the_line_is_exact_at_every_depth(shape):
     lesson = names_after(CELLS["shapes-run"])
     # Every setting for the smallest; the others, which take seconds each, as the lesson's table has them.
     settings = itertools.product((True, False), (False, True)) if shape == "GPT-2 small" else [(True, False)]

@@ -76,7 +76,7 @@ def held(memory):
 
 @pytest.mark.parametrize("accumulation_steps", [1, 2, 4])
 @pytest.mark.parametrize(("vocabulary", "width", "tokens"), [(100, 16, 512), (50, 40, 512), (1000, 16, 1024)])
-def test_peak_of_the_lesson_model_is_the_closed_form(vocabulary, width, tokens, accumulation_steps):
+def test_the_lessons_peak_is_the_closed_form(vocabulary, width, tokens, accumulation_steps):
     made = build(partial(embedding_linear, vocabulary, width), "sgd", accumulation_steps, tokens, vocabulary)
     model, optimizer, window = made
     parameters, micro = 4 * (2 * vocabulary * width + vocabulary), tokens // accumulation_steps
@@ -96,7 +96,7 @@ def test_peak_of_the_lesson_model_is_the_closed_form(vocabulary, width, tokens, 
     assert memory.start_bytes == memory.end_bytes == parameters + 16 * tokens
 
 
-def test_one_deferred_backward_holds_what_the_full_batch_holds():
+def test_a_deferred_backward_holds_a_full_batch():
     model, optimizer, window = build(lesson, "sgd", 8, tokens=1024)
     full = measured_update(model, optimizer, [[torch.cat(part) for part in zip(*window, strict=True)]])
     accumulated = measured_update(model, optimizer, window)
@@ -195,7 +195,7 @@ def timeline(memory):
     return sums
 
 
-def test_the_largest_are_named_with_what_made_them():
+def test_the_largest_are_named_with_their_maker():
     model, inputs = nn.Linear(100, 50, bias=False), torch.ones(8, 100)
     with measure_memory(model, inputs) as memory:
         model(inputs).square().sum().backward()
@@ -214,7 +214,7 @@ def test_the_largest_are_named_with_what_made_them():
     assert {one.dtype for one in memory.largest} == {torch.int64}
 
 
-def test_the_timeline_tells_the_roles_that_things_have_in_the_end():
+def test_the_timeline_has_the_final_roles():
     weight, kept = nn.Parameter(torch.ones(10)), torch.ones(1)
     optimizer = torch.optim.SGD([weight], 0.1, momentum=0.9)
     with measure_memory(optimizer, kept, timeline=True) as memory:
@@ -259,7 +259,7 @@ def test_the_first_adam_step_shows_every_role():
     assert after.end_bytes == after.start_bytes - parameters
 
 
-def test_a_gradient_assigned_by_hand_is_a_gradient():
+def test_a_gradient_set_by_hand_is_a_gradient():
     weight = nn.Parameter(torch.ones(1000))
     with measure_memory(weight) as memory:
         weight.grad = torch.ones(1000)
@@ -365,7 +365,7 @@ def test_a_storage_that_is_resized_is_followed():
     assert memory.peak_bytes == 800
 
 
-def test_what_is_dropped_in_the_block_becomes_free():
+def test_what_is_dropped_becomes_free():
     window, model = [torch.zeros(1000) for _ in range(3)], nn.Linear(1000, 1)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with measure_memory(window, model, optimizer) as memory:
@@ -376,14 +376,14 @@ def test_what_is_dropped_in_the_block_becomes_free():
     assert held(memory) == {"parameters": 4004, "inputs": 12000}
 
 
-def test_a_tensor_that_wraps_others_counts_as_they_do():
+def test_a_wrapping_tensor_counts_as_its_parts():
     with measure_memory() as memory:
         nested = torch.nested.nested_tensor([torch.zeros(3), torch.zeros(5)], layout=torch.jagged)
         doubled = nested * 2  # shares the offsets
     assert memory.end_bytes == nested.values().nbytes + doubled.values().nbytes + nested.offsets().nbytes
 
 
-def test_an_error_passes_through_and_nothing_stays_behind():
+def test_an_error_passes_and_leaves_nothing():
     model, optimizer, window = build(lesson, "adam")
     model[0].sparse = True  # its gradient is refused where it is made
     with pytest.raises(NotImplementedError, match="sparse_coo on cpu"), measure_memory(model, optimizer) as memory:  # noqa: PT012
@@ -400,7 +400,7 @@ def test_an_error_passes_through_and_nothing_stays_behind():
     assert held(memory) == at_peak
 
 
-def test_the_report_reads_well_and_says_when_it_is_not_there():
+def test_the_report_reads_well():
     batch = torch.zeros(300)
     measure = measure_memory(batch)
     with measure as memory:
@@ -478,7 +478,7 @@ def counters(monkeypatch):
     return counters
 
 
-def test_a_device_counts_by_itself_synchronized_and_from_a_reset(counters):
+def test_a_device_counts_from_a_reset(counters):
     counters.use(500)
     counters.use(-400)
     measure = measure_memory(compiled_inside(), device="cuda")  # it sees compiled code as it is
@@ -498,7 +498,7 @@ def test_a_device_counts_by_itself_synchronized_and_from_a_reset(counters):
         memory.at_peak  # noqa: B018
 
 
-def test_on_a_device_a_block_in_a_block_takes_nothing_from_the_outer_peak(counters):
+def test_on_a_device_blocks_nest(counters):
     with measure_memory(device="cuda:0") as outer:
         counters.use(1000)
         counters.use(-900)
@@ -585,7 +585,7 @@ def on_a_pretended_device():
     return measured, [predicted.first, predicted]
 
 
-def test_tensors_on_a_device_are_followed_as_on_the_cpu():
+def test_tensors_on_a_device_are_tracked():
     if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip("this torch cannot pretend to have a device")
     with ProcessPoolExecutor(1, get_context("spawn")) as process:

@@ -18,7 +18,7 @@ def test_the_size_of_the_models():
     assert embedding_linear(vocabulary=7, width=3)(torch.zeros(2, 5, dtype=torch.int64)).shape == (2, 5, 7)
 
 
-def test_neither_later_tokens_nor_padding_nor_other_lines_change_the_logits():
+def test_logits_depend_on_earlier_tokens_alone():
     tokens = torch.randint(12, (3, 10), generator=torch.Generator().manual_seed(0))
     tokens[2] = 1
     logits = SMALL(tokens)
@@ -57,7 +57,7 @@ def test_invented_lines_depend_on_the_seed_alone():
     assert 0 < (first == 0).any(1).sum() < 5  # some lines have ended, and the others go on
 
 
-def test_the_temperature_sharpens_and_inventing_ends_with_the_last_line():
+def test_the_temperature_sharpens():
     model = GPT(vocabulary=3, context=40, width=4, layers=1, heads=1)
     nn.init.ones_(model.norm.bias)
     nn.init.zeros_(model.norm.weight)  # the head alone decides, the same at each position

@@ -12,7 +12,6 @@ import re
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import build
 import launch
@@ -20,20 +19,15 @@ import nbformat
 import psutil
 import pytest
 import torch
+from files import LESSONS, NAMES, NOTEBOOKS, ROOT, START
 from ipykernel.kernelspec import KERNEL_NAME, get_kernel_dict
 from jupyter_client import KernelManager
+from kernels import assert_as_stored, compared, peak_megabytes, pin
 from nbval.kernel import CURRENT_ENV_KERNEL_NAME, NbvalKernelspecManager
-from nbval.plugin import coalesce_streams
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradaccum import exercises
 
-ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = ROOT / "notebooks"
-START = "00_start_here"
-# Written out, so that a lesson that got lost is noticed; the other tests take those that are there.
-LESSONS = [START, "01_naive_loop", "02_accumulate", "03_normalize", "04_windows", "05_unequal_micro_batches"]
-LESSONS += ["06_gpu_memory"]
 LIVE = {"predict", "explore"}  # the calls that show a live view
 
 
@@ -60,7 +54,7 @@ class Lesson:
         return [section for section in found if section]
 
 
-@pytest.fixture(params=sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")), scope="module")
+@pytest.fixture(params=LESSONS, scope="module")
 def lesson(request):
     return Lesson(request.param)
 
@@ -75,30 +69,13 @@ def calls(cell):
     return Counter(getattr(function, "attr", getattr(function, "id", "")) for function in called)
 
 
-def compared(outputs):
-    """What nbval compares of a cell's outputs: each kind of text in its order, and never a picture."""
-    shown = {}
-    for output in coalesce_streams(copy.deepcopy(outputs)):
-        if output.output_type == "stream":
-            shown.setdefault(output.name, []).append(output.text)
-        elif output.output_type == "error":
-            shown.setdefault("error", []).append(f"{output.ename}: {output.evalue}")
-        else:
-            for kind, value in output.data.items():
-                if kind not in ("image/png", "image/jpeg", "application/vnd.jupyter.widget-view+json"):
-                    shown.setdefault(kind, []).append(value)
-    return shown
-
-
 # --------------------------------------------------------------------------------------- source and made file
 
 
-def test_these_are_all_lessons():
-    made = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
-    assert made == LESSONS
-    exercises = [f"exercises/{stem[:2]}_exercises" for stem in LESSONS[1:]]
-    assert sorted(build.sources()) == [*LESSONS, *exercises]
-    assert sorted(build.name_of(path) for path in NOTEBOOKS.glob("exercises/*.ipynb")) == exercises
+def test_these_are_all_notebooks():
+    assert sorted(build.sources()) == NAMES
+    made = [*NOTEBOOKS.glob("*.ipynb"), *NOTEBOOKS.glob("exercises/*.ipynb")]
+    assert sorted(map(build.name_of, made)) == NAMES
 
 
 def test_a_lesson_is_what_its_source_says(lesson):
@@ -117,7 +94,7 @@ def test_tags_are_known(lesson):
 # ------------------------------------------------------------------------------------------------ what is stored
 
 
-def test_every_code_cell_was_run_and_keeps_its_outputs(lesson):
+def test_every_code_cell_keeps_its_outputs(lesson):
     # nbval compares nothing where the count is missing, so a stripped notebook would pass it.
     counts = [cell.execution_count for cell in lesson.notebook.cells if cell.cell_type == "code"]
     assert counts == list(range(1, len(counts) + 1))
@@ -127,7 +104,7 @@ def test_every_code_cell_was_run_and_keeps_its_outputs(lesson):
             assert output.get("name") != "stderr", f"{cell.id} stores what went to stderr: {output.text}"
 
 
-def test_widget_cells_store_nothing_and_the_next_cell_tests_the_view(lesson):
+def test_a_widget_cell_is_tested_by_the_next(lesson):
     code = [cell for cell in lesson.with_tests.cells if cell.cell_type == "code"]
     for number, cell in enumerate(code):
         if not LIVE & set(calls(cell)):
@@ -149,7 +126,7 @@ def test_widget_cells_store_nothing_and_the_next_cell_tests_the_view(lesson):
             assert "application/vnd.jupyter.widget-view+json" not in output.get("data", {}), f"{cell.id} stores a view"
 
 
-def test_answers_are_closed_until_the_reader_opens_them(lesson):
+def test_answers_are_stored_closed(lesson):
     shown = [(cell.id, cell.source) for cell in lesson.prose]
     for cell in lesson.code:
         shown += [(cell.id, page) for output in cell.outputs for page in [output.get("data", {}).get("text/html", "")]]
@@ -173,7 +150,7 @@ def test_a_question_can_be_read_alone(lesson):  # in the recap it is
             assert not re.search(r"\b(that|this)\b", node.args[0].value), node.args[0].value
 
 
-def test_what_is_compared_does_not_depend_on_versions(lesson):
+def test_what_is_compared_names_no_version(lesson):
     for cell in lesson.code:
         if "nbval-ignore-output" not in tags(cell):
             for text in [text for texts in compared(cell.outputs).values() for text in texts]:
@@ -288,13 +265,6 @@ def test_recap_is_last(lesson):
 # ------------------------------------------------------------------------------ slow: the same, however it is run
 
 
-def assert_as_stored(cells, after, how):
-    for stored in cells:
-        ran = next(cell for cell in after if cell.id == stored.id)
-        if "nbval-ignore-output" not in tags(stored):
-            assert compared(ran.outputs) == compared(stored.outputs), f"{stored.id}, {how}"
-
-
 @pytest.mark.slow
 def test_every_cell_can_be_run_twice(lesson):
     """With the `test` cells too, which a learner does not get: between the others they change nothing."""
@@ -307,19 +277,13 @@ def test_every_cell_can_be_run_twice(lesson):
 
 
 @pytest.mark.slow
-def test_every_section_runs_alone_after_the_set_up(lesson):
+def test_every_section_runs_alone(lesson):
     for section in lesson.sections():
         fresh = copy.deepcopy(lesson.notebook)
         names = ["setup", *(cell.id for cell in section)]
         with build.kernel(fresh) as client:
             build.run_cells(client, [cell for cell in fresh.cells if cell.id in names])
         assert_as_stored(section, fresh.cells, f"in the section that {section[0].id} opens, run alone")
-
-
-def peak_megabytes(process):
-    """The most memory that a process has held so far, as Linux tells it."""
-    status = Path(f"/proc/{process}/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1000
 
 
 def slowness():
@@ -357,8 +321,7 @@ def slowness():
     ids=["two-cores", "one-core", "two-threads", "plain-processor"],
 )
 def test_time_memory_and_the_same_outputs(lesson, cores, threads, seconds, processor):
-    available = sorted(os.sched_getaffinity(0))
-    if len(available) < cores:
+    if len(os.sched_getaffinity(0)) < cores:
         pytest.skip(f"needs {cores} cores")
     fresh = copy.deepcopy(lesson.notebook)
     set_up = next(cell for cell in fresh.cells if cell.id == "setup")
@@ -366,11 +329,10 @@ def test_time_memory_and_the_same_outputs(lesson, cores, threads, seconds, proce
     set_up.source = set_up.source.replace("torch.set_num_threads(1)", f"torch.set_num_threads({threads})")
     started = time.perf_counter()
     with build.kernel(fresh, **processor) as client:
-        process = client.km.provisioner.pid
-        os.sched_setaffinity(process, available[:cores])
+        pin(client, cores)
         build.run_cells(client, fresh.cells)
-        took, computed = time.perf_counter() - started, sum(psutil.Process(process).cpu_times()[:4])
-        peak = peak_megabytes(process)
+        took, peak = time.perf_counter() - started, peak_megabytes(client)
+        computed = sum(psutil.Process(client.km.provisioner.pid).cpu_times()[:4])
     how = f"{cores} core(s), {threads} thread(s) {processor or ''}"
     print(f"{lesson.stem} on {how}: {took:.1f} s, {computed:.1f} s computing, {peak:.0f} MB")
     assert_as_stored(lesson.code, fresh.cells, how)
@@ -457,7 +419,7 @@ def test_the_metadata_is_all_that_a_kernel_says():
     assert {"kernelspec": {**named, "name": KERNEL_NAME}, "language_info": kept} == build.METADATA
 
 
-def test_the_builder_makes_a_notebook_and_notices_each_difference(folder, capsys):
+def test_the_builder_notices_each_difference(folder, capsys):
     made = folder / "01_small.ipynb"
     assert build.main(["01_small"]) == 0
     assert capsys.readouterr().out.startswith("01_small: 4 cells, ")
@@ -522,7 +484,7 @@ def test_marks_become_what_jupyterlab_reads(folder):
     assert build.main([], build.check) == 0
 
 
-def test_a_lesson_runs_with_its_tests_and_a_wrong_one_is_named(folder, capsys):
+def test_a_wrong_test_cell_is_named(folder, capsys):
     source = folder / "source" / "01_small.py"
     source.write_text(MARKED)
     assert build.main(["01_small"], build.test) == 0
@@ -534,7 +496,7 @@ def test_a_lesson_runs_with_its_tests_and_a_wrong_one_is_named(folder, capsys):
     assert build.main(["01_small"]) == 0, "the page itself runs"
 
 
-def test_the_builder_names_the_cell_that_fails_and_writes_nothing(folder, capsys):
+def test_the_builder_names_the_cell_that_fails(folder, capsys):
     (folder / "source" / "01_small.py").write_text(f"{SOURCE}\n# %% broken\n1 / 0\n")
     assert build.main(["01_small.py"]) == 1
     assert "01_small.py, cell 'broken' failed: ZeroDivisionError: division by zero" in capsys.readouterr().err

@@ -168,7 +168,7 @@ def copies_step(model, average, batch):
 
 
 @pytest.mark.parametrize(("make", "step"), [(amp, amp_step), (hooked, hooked_step), (copies, copies_step)])
-def test_scaler_clipping_hooks_views_numpy_and_copies(make, step):
+def test_scaler_clipping_hooks_views_and_copies(make, step):
     predicted = predict_memory(make, step, device="cpu")
     assert [whole(predicted.first), whole(predicted)] == measured(make(), step)
 
@@ -210,7 +210,7 @@ LOSSES = ["mse_loss", "smooth_l1_loss", "soft_margin_loss", "binary_cross_entrop
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_losses_that_keep_the_memory_of_all_elements(loss, reduction):
+def test_losses_that_keep_all_elements(loss, reduction):
     def step(x, y):
         kept = getattr(functional, loss)(x, y, reduction=reduction)
         torch.autograd.grad(kept.sum(), x)
@@ -225,7 +225,7 @@ def blocks(*sizes):
 
 
 @pytest.mark.parametrize("options", [{}, {"foreach": True}, {"foreach": False}, {"fused": True}])
-def test_cuda_rounds_up_and_takes_its_default_path(options):
+def test_cuda_rounds_up_on_its_default_path(options):
     def make():
         weights = nn.ParameterList([torch.ones(1000), torch.ones(3)])
         return weights, torch.optim.Adam(weights, **options)
@@ -276,7 +276,7 @@ def cast_forward(model, batch):
         return model(batch)
 
 
-def test_cuda_keeps_bytes_of_dropout_and_float32_of_norms():
+def test_cuda_keeps_bytes_of_dropout_and_norms():
     x = partial(torch.ones, 64, 512, requires_grad=True)
     dropped = predict_memory(lambda: (nn.Dropout(0.1), x()), lambda dropout, x: dropout(x))
     assert dropped.at_peak["activations"] == 64 * 512 * (4 + 1)
@@ -587,7 +587,7 @@ def test_the_largest_that_fits_of_all(optimizer, step, effective_batch, device):
             assert found.micro_batch == max(fits)
 
 
-def test_256_is_kept_by_a_last_micro_batch_that_is_smaller():
+def test_256_holds_with_a_smaller_last_one():
     make, calls = partial(build, "mlp", "sgd"), []
 
     def noting(sizes):
@@ -662,7 +662,7 @@ def test_a_long_prediction_shows_its_progress(bars, capsys):
     assert {bar.disable for bar in bars} == {True}  # closed
 
 
-def test_in_a_notebook_a_bar_leaves_nothing_behind():
+def test_a_bar_in_a_notebook_leaves_nothing():
     lines = ["import time", "from gradaccum.memory.predict import progress", "with progress('predicting') as tick:"]
     lines += ["    for _ in range(25):", "        time.sleep(0.1)", "        tick()"]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("\n".join(lines))])

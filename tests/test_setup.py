@@ -1,6 +1,5 @@
-"""make.py, and the files that set the tutorial up: the pure parts quickly, whole set-ups where marked slow."""
+"""make.py and tools/set_up.py: the pure parts quickly, one whole set-up where marked slow."""
 
-import http.client
 import importlib.util
 import itertools
 import json
@@ -11,34 +10,43 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import tomllib
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-import nbformat
+import environment
 import psutil
 import pytest
+from files import ROOT, START, clone, contents
+from server import Server, free_port, running
 
-ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-LESSON = "work/00_start_here.ipynb"
+PINNED = re.findall(r"(?m)^torch==([\w.]+)", (ROOT / "tools" / "constraints.txt").read_text("utf-8"))[0]
+LESSON = f"work/{START}.ipynb"
 STARTER = sys._base_executable  # the Python below this one's .venv, as a user has it: no public name tells it
-HIDDEN = shutil.ignore_patterns(".*", "__pycache__", "work")  # what a fresh clone has not, .venv above all
 posix = pytest.mark.skipif(os.name == "nt", reason="a script for bash, or a signal that Windows has not")
 
 
 @pytest.fixture
 def make(tmp_path, monkeypatch):
     """make.py as a module, loaded from a copy of its own, so that nothing it does reaches the real .venv."""
-    for name in ("make.py", "pyproject.toml", "constraints.txt"):
-        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "tools").mkdir()
+    for name in ("make.py", "pyproject.toml", "tools/set_up.py", "tools/constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # make.py puts its own tools/ first
+    monkeypatch.delitem(sys.modules, "set_up", raising=False)
     spec = importlib.util.spec_from_file_location("make_under_test", tmp_path / "make.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert tmp_path.resolve() == module.ROOT
+    assert tmp_path.resolve() == module.set_up.ROOT
     monkeypatch.chdir(tmp_path)  # make.py goes there too; this brings the tests back
     return module
+
+
+@pytest.fixture
+def ours(make):
+    """The copy's tools/set_up.py."""
+    return make.set_up
 
 
 def fake_package(site, name, version, *requires):
@@ -47,12 +55,8 @@ def fake_package(site, name, version, *requires):
     for folder in (site / name, entry):
         folder.mkdir(parents=True)
     (site / name / "__init__.py").write_text("raise SystemExit('imported')\n")
-    lines = [
-        "Metadata-Version: 2.1",
-        f"Name: {name}",
-        f"Version: {version}",
-        *(f"Requires-Dist: {r}" for r in requires),
-    ]
+    lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+    lines += [f"Requires-Dist: {each}" for each in requires]
     (entry / "METADATA").write_text("\n".join(lines) + "\n")
 
 
@@ -60,30 +64,30 @@ def shown(*command, **options):
     return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, **options)
 
 
-def test_is_enough(make):
+def test_is_enough(ours):
     enough = ["2.11.0", "2.11", "2.13.0+cpu", "2.12.0+abcdef", "2.12.0a0+git1", "3.0.1"]
     too_old = ["2.11.0a0+git1", "2.11.0rc1", "2.9.1", "1.13.1"]
-    assert [version for version in enough + too_old if make.is_enough(version, "2.11")] == enough
+    assert [version for version in enough + too_old if ours.is_enough(version, "2.11")] == enough
 
 
-def test_a_torch_of_the_starting_python_is_taken_if_it_is_new_and_not_our_own(make, tmp_path):
-    for site, version in ((tmp_path / "new", "2.12.0"), (tmp_path / "old", "2.10.0"), (make.SITE, "2.12.0")):
+def test_a_new_torch_not_our_own_is_kept(ours, tmp_path):
+    for site, version in ((tmp_path / "new", "2.12.0"), (tmp_path / "old", "2.10.0"), (ours.SITE, "2.12.0")):
         fake_package(site, "torch", version)
-    assert make.starting_torch([str(tmp_path), str(tmp_path / "new")]) == ("2.12.0", str(tmp_path / "new"))
-    for place in (tmp_path / "old", make.SITE, tmp_path):
-        assert make.starting_torch([str(place)]) is None
+    assert ours.starting_torch([str(tmp_path), str(tmp_path / "new")]) == ("2.12.0", str(tmp_path / "new"))
+    for place in (tmp_path / "old", ours.SITE, tmp_path):
+        assert ours.starting_torch([str(place)]) is None
 
 
-def pretend(make, monkeypatch, works, nvidia_smi, platform):
+def pretend(ours, monkeypatch, works, nvidia_smi, platform):
     """Let an attempt succeed if it contains the words `works`; return the list that will tell what was tried."""
     tried = []
-    monkeypatch.setattr(make, "attempt", lambda words, silent=False: tried.append(words) or works in " ".join(words))
-    monkeypatch.setattr(make.subprocess, "getoutput", lambda command: nvidia_smi)
-    monkeypatch.setattr(make.sys, "platform", platform)
+    monkeypatch.setattr(ours, "attempt", lambda words, silent=False: tried.append(words) or works in " ".join(words))
+    monkeypatch.setattr(ours.subprocess, "getoutput", lambda command: nvidia_smi)
+    monkeypatch.setattr(ours.sys, "platform", platform)
     return tried
 
 
-def test_where_torch_comes_from(make, monkeypatch):
+def test_where_torch_comes_from(ours, monkeypatch):
     for works, cuda, nvidia_smi, platform, attempts, last in (
         ("--no-index", False, "not found", "linux", 1, "pip install -qq --no-index --no-deps"),
         ("uv", False, "not found", "linux", 3, "--torch-backend auto"),
@@ -91,74 +95,65 @@ def test_where_torch_comes_from(make, monkeypatch):
         ("-qq torch", False, "GPU 0: NVIDIA H200", "linux", 3, "pip install -qq"),
         ("-qq torch", False, "not found", "darwin", 3, "pip install -qq"),
     ):
-        tried = pretend(make, monkeypatch, works, nvidia_smi, platform)
-        make.install_torch(cuda)
+        tried = pretend(ours, monkeypatch, works, nvidia_smi, platform)
+        ours.install_torch(cuda)
         assert len(tried) == attempts
-        assert " ".join(tried[-1]).endswith(f"{last} torch=={make.pinned_torch()}")
+        assert " ".join(tried[-1]).endswith(f"{last} torch=={PINNED}")
 
 
-def test_a_cuda_build_is_refused_without_a_gpu(make, monkeypatch):
-    tried = pretend(make, monkeypatch, "-qq torch", "No devices were found", "linux")
-    with pytest.raises(SystemExit, match=r"No CPU build of torch .* --cuda"):
-        make.install_torch(cuda=False)
-    fake_package(make.SITE, "torch", f"{make.pinned_torch()}+cu130", "nvidia-nccl-cu13==2.30")
+def test_a_cuda_build_is_refused_without_a_gpu(ours, monkeypatch):
+    tried = pretend(ours, monkeypatch, "-qq torch", "No devices were found", "linux")
+    with pytest.raises(SystemExit, match=r"No CPU build of torch==.* --cuda"):
+        ours.install_torch(cuda=False)
+    fake_package(ours.SITE, "torch", f"{PINNED}+cu130", "nvidia-nccl-cu13==2.30")
     with pytest.raises(SystemExit, match="is a CUDA build"):
-        make.install_torch(cuda=False)
-    make.install_torch(cuda=True)
+        ours.install_torch(cuda=False)
+    ours.install_torch(cuda=True)
     assert len(tried) == 2  # of the first: once the right version is there, nothing is installed
 
 
-def test_the_stamp_changes_with_everything_that_decides_what_is_installed(make, monkeypatch):
-    seen = [make.fingerprint(*of) for of in (("lessons", None), ("dev", None), ("lessons", ("2.12.0", "/x")))]
-    for name in ("pyproject.toml", "constraints.txt", "make.py"):
-        (make.ROOT / name).write_text("changed")
-        seen.append(make.fingerprint("lessons", None))
+def test_the_stamp_covers_all_that_decides(ours, monkeypatch):
+    seen = [ours.fingerprint(*of) for of in (("lessons", None), ("dev", None), ("lessons", ("2.12.0", "/x")))]
+    for name in ("pyproject.toml", "tools/constraints.txt", "tools/set_up.py"):
+        (ours.ROOT / name).write_text("changed")
+        seen.append(ours.fingerprint("lessons", None))
     monkeypatch.setattr(sys, "version_info", (3, 99, 0))
-    seen.append(make.fingerprint("lessons", None))
+    seen.append(ours.fingerprint("lessons", None))
     assert len(set(seen)) == 7
 
 
 @pytest.fixture
-def steps(make, monkeypatch):
+def steps(ours, monkeypatch):
     """Note the last word of every program a set-up would start; the starting Python holds a torch."""
     noted = []
 
     def run(command, **options):
         noted.append(Path(command[-1]).name)
-        assert make.MARK.exists()
-        assert not make.STAMP.exists()
+        assert ours.STAMP.read_text() == ""
         if noted[-1] == ".venv":
-            assert list(make.VENV.iterdir()) == [make.MARK]
-            for folder in (make.SITE, make.PYTHON.parent):
+            assert list(ours.VENV.iterdir()) == [ours.STAMP]
+            for folder in (ours.SITE, ours.PYTHON.parent):
                 folder.mkdir(parents=True)
-            make.PYTHON.touch()
-        assert not (make.SITE / "gradaccum_torch.pth").exists()  # pip must not see the starting Python's packages
+            ours.PYTHON.touch()
+        assert not (ours.SITE / "gradaccum_torch.pth").exists()  # pip must not see the starting Python's packages
         return subprocess.CompletedProcess(command, returncode=int(noted[-1] == ".[dev,peers]"))
 
-    monkeypatch.setattr(make.subprocess, "run", run)
-    monkeypatch.setattr(make, "starting_torch", lambda path: ("2.12.0", "/a folder/é"))
+    monkeypatch.setattr(ours.subprocess, "run", run)
+    monkeypatch.setattr(ours, "starting_torch", lambda path: ("2.12.0", "/a folder/é"))
     return noted
 
 
-def test_a_set_up_does_only_what_is_needed(make, steps, monkeypatch):
+def test_a_set_up_does_only_what_is_needed(ours, steps, monkeypatch):
     for extra in ("lessons", "lessons", "dev", "lessons"):  # the second finds all done, and dev serves lessons too
-        make.set_up(extra)
+        ours.set_up(extra)
     assert steps == [".venv", ".[lessons]", ".[dev]"]
     with pytest.raises(SystemExit, match="Installing failed"):
-        make.set_up("dev,peers")
-    make.set_up("lessons")
+        ours.set_up("dev,peers")
+    ours.set_up("lessons")
     assert steps[4:] == [".venv", ".[lessons]"]  # no stamp was left, and a half-made .venv is not trusted
-    monkeypatch.setattr(make, "starting_torch", lambda path: ("2.12.1", "/b"))
-    make.set_up("lessons")
+    monkeypatch.setattr(ours, "starting_torch", lambda path: ("2.12.1", "/b"))
+    ours.set_up("lessons")
     assert steps[6:] == [".venv", ".[lessons]"]  # another torch means another .venv
-
-
-def everything(folder):
-    """What a folder holds, by name: the bytes of files, where links lead."""
-    return {
-        str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else path.is_file() and path.read_bytes()
-        for path in folder.rglob("*")
-    }
 
 
 FOREIGN = {
@@ -166,39 +161,40 @@ FOREIGN = {
     "a link to .*theirs.mine.txt": lambda venv, theirs: venv.symlink_to(theirs / "mine.txt"),
     "a link to .*nowhere": lambda venv, theirs: venv.symlink_to(theirs / "nowhere"),
     "not a folder": lambda venv, theirs: venv.write_text("mine"),
-    "a folder without make.py's mark": lambda venv, theirs: theirs.rename(venv),
+    "a folder without make.py's stamp": lambda venv, theirs: theirs.rename(venv),
 }
 
 
 @posix
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_a_venv_that_is_not_ours_is_refused(make, steps, kind):
+def test_a_venv_that_is_not_ours_is_refused(make, ours, steps, kind):
     theirs = make.ROOT / "theirs"
     if kind == "a link to .*theirs":
-        make.set_up("dev")  # a link is refused wherever it leads, and if there is nothing to do too
-        make.VENV.rename(theirs)
+        ours.set_up("dev")  # a link is refused wherever it leads, and if there is nothing to do too
+        ours.VENV.rename(theirs)
     theirs.mkdir(exist_ok=True)
     (theirs / "mine.txt").write_text("years of work")
-    FOREIGN[kind](make.VENV, theirs)
-    before = everything(make.ROOT)
+    FOREIGN[kind](ours.VENV, theirs)
+    before = contents(make.ROOT)
     steps.clear()
-    for command in ("lab", "test", "notebooks", "constraints", "clean"):
+    for command in ("lab", "test", "notebooks", "clean"):
         with pytest.raises(SystemExit, match=rf"^\S+\.venv is {kind}\b.*: move it away or delete it, then run .*\.$"):
             make.main([command])
-    assert everything(make.ROOT) == before
+    assert contents(make.ROOT) == before
     assert steps == []
 
 
-def older_venv(make):
-    """A finished .venv without a mark, as make.py once left it, with a link in it that leads out."""
-    make.PYTHON.parent.mkdir(parents=True)
-    make.PYTHON.touch()
-    (make.VENV / "link").symlink_to(make.ROOT, target_is_directory=True)
-    make.STAMP.write_text("of another Python")
+def other_venv(make):
+    """A finished .venv of another Python, with a link in it that leads out."""
+    ours = make.set_up
+    ours.PYTHON.parent.mkdir(parents=True)
+    ours.PYTHON.touch()
+    (ours.VENV / "link").symlink_to(make.ROOT, target_is_directory=True)
+    ours.STAMP.write_text("of another Python")
 
 
 def is_stopped(make, moment, act):
-    """Press Ctrl-C before the `moment`th line of make.py that `act` runs; tell whether it came that far."""
+    """Press Ctrl-C before the `moment`th line of ours that `act` runs; return whether it came that far."""
     lines, tracing = itertools.count(1), sys.gettrace()
 
     def trace(frame, event, argument):
@@ -207,7 +203,7 @@ def is_stopped(make, moment, act):
         return trace
 
     def is_ours(code):  # and no comprehension, which is of many lines that change nothing
-        return code.co_filename == make.__file__ and code.co_name[0] != "<"
+        return code.co_filename in (make.__file__, make.set_up.__file__) and code.co_name[0] != "<"
 
     sys.settrace(lambda frame, *_: trace if is_ours(frame.f_code) else None)
     try:
@@ -224,18 +220,18 @@ def clean(make):
 
 
 def set_up(make):
-    make.set_up("lessons")
+    make.set_up.set_up("lessons")
 
 
 @posix
 @pytest.mark.parametrize(
-    ("begin", "act"), [(clean, set_up), (older_venv, set_up), (older_venv, clean), (set_up, clean)]
+    ("begin", "act"), [(clean, set_up), (other_venv, set_up), (other_venv, clean), (set_up, clean)]
 )
-def test_what_is_stopped_anywhere_is_mended(make, steps, monkeypatch, begin, act):
+def test_what_is_stopped_anywhere_is_mended(make, ours, steps, monkeypatch, begin, act):
     delete, listed = shutil.rmtree, Path.iterdir
 
     def rmtree(path):
-        assert not make.STAMP.exists()  # what is half deleted does not look finished
+        assert ours.STAMP.read_text() == ""  # what is half deleted does not look finished
         delete(path)
 
     monkeypatch.setattr(shutil, "rmtree", rmtree)
@@ -246,9 +242,9 @@ def test_what_is_stopped_anywhere_is_mended(make, steps, monkeypatch, begin, act
         if not is_stopped(make, moment, lambda: act(make)):
             break
         set_up(make)
-        assert make.STAMP.read_text("utf-8") == make.fingerprint("lessons", make.starting_torch([]))
-        assert make.PYTHON.exists()
-    assert make.VENV.exists() == (act is set_up)
+        assert ours.STAMP.read_text("utf-8") == ours.fingerprint("lessons", ours.starting_torch([]))
+        assert ours.PYTHON.exists()
+    assert ours.VENV.exists() == (act is set_up)
     assert moment > 40
     assert (make.ROOT / "pyproject.toml").exists()  # the link in .venv was not followed
 
@@ -256,12 +252,15 @@ def test_what_is_stopped_anywhere_is_mended(make, steps, monkeypatch, begin, act
 @contextmanager
 def stand_in_lab(make):
     """Run the command `lab` with a program for JupyterLab that starts one more, as a kernel; yield the process."""
+    (make.ROOT / "tools" / "work.py").touch()
     (make.ROOT / "jupyterlab.py").write_text(
         "import subprocess, sys, time\n"
         "if len(sys.argv) > 1: print('up', subprocess.Popen([sys.executable, __file__]).pid, flush=True)\n"
         "time.sleep(300)"
     )
-    code = "import make, sys; make.starting_torch = lambda path: None; sys.exit(make.main(['lab', '--no-browser']))"
+    code = (
+        "import make, sys; make.set_up.starting_torch = lambda path: None; sys.exit(make.main(['lab', '--no-browser']))"
+    )
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
     with subprocess.Popen([STARTER, "-B", "-c", code], cwd=make.ROOT, text=True, **pipes) as process:
         kernel = None
@@ -278,185 +277,63 @@ def stand_in_lab(make):
 
 
 @posix
-def test_a_running_lab_is_to_be_stopped_first(make, monkeypatch):
+def test_a_running_lab_is_to_be_stopped_first(make, ours, monkeypatch):
     def run(command, **options):
         raise AssertionError(f"{command}: into the Python that runs the tests, for this .venv is but a link to it")
 
-    monkeypatch.setattr(make.subprocess, "run", run)
-    monkeypatch.setattr(make, "starting_torch", lambda path: None)
-    make.claim_venv()
-    make.PYTHON.parent.mkdir(parents=True)
-    make.PYTHON.symlink_to(STARTER)
-    make.STAMP.write_text(make.fingerprint("lessons", None), "utf-8")
-    (make.VENV / f"lab.{os.getpid()}").touch()  # of a lab that was killed, and whose id runs again
+    monkeypatch.setattr(ours.subprocess, "run", run)
+    monkeypatch.setattr(ours, "starting_torch", lambda path: None)
+    ours.claim_venv()
+    ours.PYTHON.parent.mkdir(parents=True)
+    ours.PYTHON.symlink_to(STARTER)
+    ours.STAMP.write_text(ours.fingerprint("lessons", None), "utf-8")
+    (ours.VENV / f"lab.{os.getpid()}").touch()  # of a lab that was killed, and whose id runs again
     with stand_in_lab(make) as one, stand_in_lab(make) as two:
-        before = everything(make.VENV)
-        make.set_up("lessons")  # there is nothing to do
+        before = contents(ours.VENV)
+        ours.set_up("lessons")  # there is nothing to do
         for ids in ({one.pid, two.pid}, {two.pid}):  # before and after one is killed
-            for command in ("test", "constraints", "clean"):
+            for command in ("test", "clean"):
                 with pytest.raises(SystemExit, match=r"stop it first \(process [\d, ]+\), then run") as told:
                     make.main([command])
                 assert set(map(int, re.findall(r"\d+(?=[,)])", str(told.value)))) == ids
             one.send_signal(signal.SIGKILL)
             one.wait(10)
-        assert before.keys() - everything(make.VENV).keys() == {f"lab.{pid}" for pid in (os.getpid(), one.pid)}
+        assert before.keys() - contents(ours.VENV).keys() == {f"lab.{pid}" for pid in (os.getpid(), one.pid)}
         two.terminate()
         two.wait(10)
         assert make.main(["clean"]) == 0
-    assert not make.VENV.exists()
+    assert not ours.VENV.exists()
 
 
-INFO = {"name": "python", "mimetype": "text/x-python", "file_extension": ".py", "nbconvert_exporter": "python"}
-INFO |= {"codemirror_mode": {"name": "ipython", "version": 3}, "pygments_lexer": "ipython3", "version": "3.0.0"}
-
-
-def lay_out(notebook):
-    return (nbformat.writes(notebook) + "\n").encode()
-
-
-@pytest.fixture
-def originals(make):
-    """Two small notebooks in notebooks/, by name, beside what is not to be copied."""
-    info = '"pygments_lexer": "ipython3",\n   "version": "3.0.0"'  # in a cell it is text, as an output it is data
-    data = nbformat.v4.new_output("display_data", {"application/json": {"version": "3.0.0", "language_info": {}}})
-    cells = [nbformat.v4.new_code_cell(f"'é' # {info}", outputs=[data], id="one")]
-    kernel = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
-    metadata = {"kernelspec": kernel, "language_info": INFO, "title": "é"}
-    notebooks = {}
-    for name in ("00_page.ipynb", "exercises/01_page.ipynb"):
-        notebooks[name] = nbformat.v4.new_notebook(cells=cells, metadata=metadata)
-        (make.NOTEBOOKS / name).parent.mkdir(parents=True)
-        (make.NOTEBOOKS / name).write_bytes(lay_out(notebooks[name]))
-    for name in (".ipynb_checkpoints/00_page-checkpoint.ipynb", "source/00_page.py", "exercises/INSTRUCTOR.md"):
-        (make.NOTEBOOKS / name).parent.mkdir(exist_ok=True)
-        (make.NOTEBOOKS / name).touch()
-    return notebooks
-
-
-def copies(make):
-    return {name: data for name, data in everything(make.WORK).items() if name.endswith(".ipynb")}
-
-
-def test_a_copy_names_the_python_that_runs_it(make, originals):
-    assert make.main(["work"]) == 0
-    for notebook in originals.values():
-        notebook.metadata.language_info.version = sys.version.split()[0]
-    assert copies(make) == {name: lay_out(notebook) for name, notebook in originals.items()}
-
-
-def test_a_copy_is_never_written_over(make, originals, monkeypatch, capsys):
-    monkeypatch.setattr(make, "set_up", lambda extra, cuda: None)
-    monkeypatch.setattr(make, "become", lambda arguments: 0)
-    assert make.main(["lab"]) == 0
-    made = copies(make)
-    mine, gone = make.WORK / "00_page.ipynb", make.WORK / "exercises" / "01_page.ipynb"
-    mine.write_text("my answer")
-    (make.WORK / "my own.ipynb").write_text("mine too")
-    gone.unlink()
-    kept = {"00_page.ipynb": b"my answer", "my own.ipynb": b"mine too"}
-    written = mine.stat().st_mtime_ns
-    assert make.main(["clean"]) == 0
-    assert copies(make) == kept
-    for command in ("work", "lab"):
-        assert make.main([command]) == 0
-        assert copies(make) == kept | {"exercises/01_page.ipynb": made["exercises/01_page.ipynb"]}
-    with monkeypatch.context() as patch:
-        patch.setattr(make.os.path, "lexists", lambda path: False)  # as if it came between the look and the writing
-        assert make.main(["work"]) == 0
-    assert mine.read_text() == "my answer"
-    assert mine.stat().st_mtime_ns == written
-    assert "newer" not in capsys.readouterr().out
-
-
-def test_a_newer_edition_is_told_in_a_line(make, originals, capsys):
-    def told():
-        assert make.main(["work"]) == 0
-        return capsys.readouterr().out
-
-    lesson, exercise = (make.NOTEBOOKS / name for name in originals)
-    assert told() == ""
-    made = copies(make)
-    newer = exercise.read_bytes().replace(b'"one"', b'"two"')
-    exercise.write_bytes(newer)
-    for _ in range(2):  # until it is heeded
-        line = told()
-        assert line.startswith("There are newer editions of exercises/01_page.ipynb: yours in work/ stay; ")
-        assert line.count("\n") == 1
-        assert copies(make) == made
-    (make.WORK / "exercises" / "01_page.ipynb").rename(make.WORK / "exercises" / "mine.ipynb")
-    assert told() == told() == ""
-    assert b'"two"' in copies(make)["exercises/01_page.ipynb"]
-    for number, broken in enumerate((b"", b"\xff", b"[1]", b"5", b'{"00_page')):
-        make.RECORD.write_bytes(broken)
-        assert told() == ""
-        lesson.write_bytes(lesson.read_bytes() + b" " * number + b"\n")
-        assert told().startswith("There are newer editions of 00_page.ipynb: ")
-
-
-@posix
-def test_a_copy_is_made_whole_or_not_at_all(make, originals):
-    import resource
-
-    limit = len(lay_out(originals["00_page.ipynb"])) - 10
-    full = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))}
-    for size, told in ((full, r"Stopped: .*File too large.*\.\n"), ({}, "")):
-        done = shown(STARTER, "-B", "make.py", "work", cwd=make.ROOT, **size)
-        assert re.fullmatch(told, done.stderr), done
-        assert done.stdout == ""
-        assert set(copies(make)) == (set() if told else set(originals))
-    shutil.rmtree(make.WORK)
-    make.WORK.write_text("a file of mine")
-    assert re.fullmatch(r"Stopped: .*work'\.\n", shown(STARTER, "-B", "make.py", "work", cwd=make.ROOT).stderr)
-    assert make.WORK.read_text() == "a file of mine"
-
-
-def test_every_notebook_s_copy_is_right_and_links_on(make, monkeypatch):
-    import test_project  # which asks git; the other tests run in a folder without it too
-
-    for path in test_project.project_files():
-        (make.ROOT / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / path, make.ROOT / path)
-    names = [path.relative_to("notebooks") for path in test_project.pages() if path.suffix == ".ipynb"]
-    monkeypatch.setattr(test_project, "ROOT", make.ROOT)
-    assert make.main(["work"]) == 0
-    assert copies(make).keys() == set(map(str, names))
-    for name in names:
-        wanted = nbformat.read(make.NOTEBOOKS / name, as_version=4)
-        wanted.metadata.language_info.version = sys.version.split()[0]
-        assert copies(make)[str(name)] == lay_out(wanted)
-        page = Path("work") / name
-        assert list(test_project.broken_links(page, test_project.markdown_of(page))) == []
-
-
-def test_a_borrowed_torch_is_on_the_path_and_pip_is_told_to_keep_it(make, steps):
-    make.set_up("lessons")
-    line = (make.SITE / "gradaccum_torch.pth").read_text("ascii")
+def test_a_kept_torch_is_on_the_path(ours, steps):
+    ours.set_up("lessons")
+    line = (ours.SITE / "gradaccum_torch.pth").read_text("ascii")
     assert line == "import sys; sys.path.append('/a folder/\\xe9')\n"
-    assert "\ntorch==2.12.0\n" in (make.VENV / "constraints.txt").read_text("utf-8")
-    assert make.torch_on([str(make.SITE)]).requires is None  # else pip would fetch them
+    assert "\ntorch==2.12.0\n" in (ours.VENV / "constraints.txt").read_text("utf-8")
+    assert ours.torch_on([str(ours.SITE)]).requires is None  # else pip would fetch them
 
 
-def test_children_get_nothing_that_leads_out_of_the_venv(make, tmp_path, monkeypatch):
+def test_children_stay_in_the_venv(ours, tmp_path, monkeypatch):
     for name in ("PYTHONPATH", "PYTHONHOME", "PIP_TARGET"):
         monkeypatch.setenv(name, "/elsewhere")
     monkeypatch.setenv("JUPYTER_CONFIG_PATH", "/theirs")
     monkeypatch.delenv("IPYTHONDIR", raising=False)
-    monkeypatch.setattr(make.Path, "home", lambda: tmp_path / "missing")
-    env = make.child_environment()
+    monkeypatch.setattr(ours.Path, "home", lambda: tmp_path / "missing")
+    env = ours.child_environment()
     assert "/elsewhere" not in env.values()
     assert env["PIP_USER"] == "0"
-    assert env["PATH"].startswith(str(make.PYTHON.parent) + os.pathsep)
-    assert env["JUPYTER_CONFIG_PATH"] == os.pathsep.join([str(make.ROOT / "binder" / "jupyter"), "/theirs"])
-    assert Path(env["IPYTHONDIR"]).is_relative_to(make.VENV)  # a home that cannot be written is not needed
+    assert env["PATH"].startswith(str(ours.PYTHON.parent) + os.pathsep)
+    assert env["JUPYTER_CONFIG_PATH"] == os.pathsep.join([str(ours.ROOT / "binder" / "jupyter"), "/theirs"])
+    assert Path(env["IPYTHONDIR"]).is_relative_to(ours.VENV)  # a home that cannot be written is not needed
 
 
-def test_an_older_python_is_refused_in_one_sentence():
+def test_an_older_python_is_refused():
     older = "import sys; sys.version_info, sys.version = (3, 10, 4), '3.10.4 (main)'; import make"
     told = shown(sys.executable, "-B", "-c", older, cwd=ROOT).stderr
     assert told == "Python 3.10.4 is too old: start make.py with Python 3.11 or newer.\n"
 
 
-def test_lab_refuses_what_cannot_be_before_it_installs(make, capsys):
+def test_lab_refuses_before_it_installs(make, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         for number, told in ((port, "is in use: choose another"), (70000, "does not exist")):
@@ -465,12 +342,13 @@ def test_lab_refuses_what_cannot_be_before_it_installs(make, capsys):
     with pytest.raises(SystemExit, match="2"):
         make.main(["lab", "--prot", "9999"])
     assert "`lab` does not know --prot 9999" in capsys.readouterr().err
-    assert not make.VENV.exists()
+    assert not make.set_up.VENV.exists()
 
 
-def test_each_command_sets_up_what_it_needs_and_hands_over_the_rest(make, monkeypatch, capsys):
+def test_each_command_sets_up_what_it_needs(make, ours, monkeypatch, capsys):
     noted = []
-    monkeypatch.setattr(make, "set_up", lambda extra, cuda: noted.append((extra, cuda)))
+    (make.ROOT / "tools" / "work.py").touch()
+    monkeypatch.setattr(ours, "set_up", lambda extra, cuda: noted.append((extra, cuda)))
     monkeypatch.setattr(make, "become", lambda arguments, **variables: noted.append(" ".join(arguments)) or 7)
     for command in ("test", "test-all", "test-browser", "test-peers", "notebooks", "benchmarks"):
         assert make.main([command, "-k", "x", "--cuda"]) == 7
@@ -479,7 +357,7 @@ def test_each_command_sets_up_what_it_needs_and_hands_over_the_rest(make, monkey
     quick = "not slow and not browser and not peers -n 2 --dist loadfile --no-loadscope-reorder"
     marks = (quick, "not browser and not peers", "browser", "peers")
     assert noted[1:9:2] == [f"-m pytest -m {which} --durations=20 -k x" for which in marks]
-    assert noted[9::2] == ["notebooks/source/build.py -k x", "benchmarks/run.py -k x"]
+    assert noted[9::2] == ["tools/build.py -k x", "benchmarks/run.py -k x"]
     monkeypatch.setattr(make.sys, "platform", "linux")
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     for screen, wish in (("", []), (":0", ["--no-browser"]), (":0", [])):
@@ -488,7 +366,7 @@ def test_each_command_sets_up_what_it_needs_and_hands_over_the_rest(make, monkey
     assert noted[12::2] == [("lessons", False)] * 3
     assert ["--no-browser" in program for program in noted[13::2]] == [True, True, False]
     assert make.main(["address", "none"]) == 7
-    assert noted[18:] == [("dev", False), "notebooks/source/build.py --address=none"]
+    assert noted[18:] == [("dev", False), "tools/build.py --address none"]
     for wrong in ([], ["two", "words"]):  # refused before anything is installed
         with pytest.raises(SystemExit, match="2"):
             make.main(["address", *wrong])
@@ -499,7 +377,7 @@ def test_each_command_sets_up_what_it_needs_and_hands_over_the_rest(make, monkey
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
-def test_the_makefile_names_every_command_in_one_line(make):
+def test_the_makefile_names_every_command(make):
     env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     for command in make.COMMANDS:
         arguments = ["--no-print-directory", "-n", command, "PORT=9999", "URL=none", "PYTHON=python3.12", "ARGS=-x"]
@@ -509,16 +387,15 @@ def test_the_makefile_names_every_command_in_one_line(make):
     assert shown(*command, cwd=ROOT, env=env).stdout == 'make.py/address/it\'s "$(echo odd)"/'
 
 
-def test_the_made_files_say_what_pyproject_says_and_name_no_place(make):
-    (make.ROOT / "binder").mkdir()
-    assert make.main(["environment"]) == 0
+def test_the_environment_fits_pyproject(make):
+    text = environment.environment()
     for name in ("environment.yml", "binder/environment.yml"):
-        assert (ROOT / name).read_bytes() == (make.ROOT / name).read_bytes() == make.environment_text().encode()
+        assert (ROOT / name).read_bytes() == text.encode(), "run `make environment`"
         assert not (ROOT / name).is_symlink()
     wanted = [re.match(r"[\w-]+", text)[0] for text in PROJECT["optional-dependencies"]["lessons"]]
-    assert re.findall(r"(?m)^  - ([\w-]+)", make.environment_text()) == ["python", "pip", "pytorch", *wanted]
+    assert re.findall(r"(?m)^  - ([\w-]+)", text) == ["python", "pip", "pytorch", *wanted]
     assert PROJECT["requires-python"] == ">=" + ".".join(map(str, make.OLDEST))
-    constraints = (ROOT / "constraints.txt").read_text("utf-8")
+    constraints = (ROOT / "tools" / "constraints.txt").read_text("utf-8")
     for requirement in sum(PROJECT["optional-dependencies"].values(), PROJECT["dependencies"]):
         name = re.match(r"[\w-]+", requirement)[0]
         assert len(re.findall(rf"(?m)^{name}==\d", constraints)) == 1 or name == "gradaccum"
@@ -526,94 +403,54 @@ def test_the_made_files_say_what_pyproject_says_and_name_no_place(make):
 
 
 @contextmanager
-def lab(folder, log, seconds, end):
-    """Run `make.py lab`, which must answer within `seconds`; yield a way to ask it; stop it by the signal `end`."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [STARTER, folder / "make.py", "lab", "--port", str(port), "--no-browser"]
+def lab(python, folder, log, seconds, end):
+    """Run `make.py lab`, which must answer within `seconds`; stop it by the signal `end`."""
+    port = free_port()
+    command = [python, folder / "make.py", "lab", "--port", str(port), "--no-browser"]
+    # Whoever runs the tests in the background ignores SIGINT, and so would this.
+    options = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), "cwd": log.parent}
     env = os.environ | {"JUPYTER_TOKEN": "secret"}
-    begin = time.perf_counter()
-    with log.open("wb") as out:
-        process = psutil.Popen(
-            command,
-            cwd=log.parent,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=out,
-            # Whoever runs the tests in the background ignores SIGINT, and so would this.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-
-    def ask(method, path):
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-        connection.request(method, path, headers={"Authorization": "token secret"})
-        return connection.getresponse()
-
-    try:
-        while f"http://127.0.0.1:{port}/lab/tree/{LESSON}" not in log.read_text("utf-8"):
-            assert process.poll() is None, log.read_text("utf-8")
-            assert time.perf_counter() - begin < seconds, log.read_text("utf-8")
-            time.sleep(0.2)
-        while True:  # it prints its address a moment before it listens
-            with suppress(ConnectionRefusedError):
-                assert ask("GET", "/api").status == 200
-                break
-            assert time.perf_counter() - begin < seconds
-            time.sleep(0.1)
-        print(f"from the command to an answer: {time.perf_counter() - begin:.1f} s")
-        yield process, ask
-    finally:
-        family = process.children(recursive=True)
-        process.send_signal(end)
-    assert process.wait(60) == 0
-    assert psutil.wait_procs(family, timeout=10)[1] == []
-    assert "Traceback" not in log.read_text("utf-8")
+    with running(Server(command, log, port, seconds=seconds, env=env, **options), end) as server:
+        assert f"http://127.0.0.1:{port}/lab/tree/{LESSON}" in server.said()
+        yield server
+    assert server.process.wait(0) == 0
 
 
 @posix
 @pytest.mark.slow
-def test_a_fresh_clone_starts_then_starts_again_in_seconds_then_takes_the_tests(tmp_path):
-    folder = shutil.copytree(ROOT, tmp_path / "a clone, é", symlinks=True, ignore=HIDDEN)
-    with lab(folder, tmp_path / "cold.log", 900, signal.SIGINT) as (process, ask):
-        assert ask("GET", "/").getheader("Location").startswith(f"/lab/tree/{LESSON}")
-        for path in (LESSON, "gradaccum"):  # the root is the repository
-            assert ask("GET", f"/api/contents/{path}?content=0").status == 200
-        news = json.load(ask("GET", "/lab/api/settings/@jupyterlab/apputils-extension:notification"))
-        assert news["schema"]["properties"]["fetchNews"]["default"] == "false"
-        assert ask("POST", "/api/kernels").status == 201
-        family = [process, *process.children(recursive=True)]
-        listening = [c.laddr.ip for p in family for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]
-        assert set(listening) == {"127.0.0.1"}
-    site = next(folder.glob(".venv/lib/python*/site-packages"))
-    assert not [entry.name for entry in site.iterdir() if entry.name.startswith(("nvidia", "cuda_", "triton"))]
-    before = site.stat().st_mtime_ns
-    with lab(folder, tmp_path / "warm.log", 20, signal.SIGTERM):
-        pass
-    assert site.stat().st_mtime_ns == before
-    assert "Installing" not in (tmp_path / "warm.log").read_text("utf-8")
-    tests = shown(STARTER, folder / "make.py", "test", "--collect-only", "-q", "tests/test_setup.py", cwd=tmp_path)
-    assert "test_is_enough" in tests.stdout, tests.stderr
-
-
-@posix
-@pytest.mark.slow
-def test_a_torch_that_the_starting_python_has_is_used_and_not_replaced(tmp_path):
-    folder = shutil.copytree(ROOT, tmp_path / "clone", symlinks=True, ignore=HIDDEN)
+def test_one_set_up_for_lab_tests_and_kept_torch(tmp_path):
+    """Cold, from a Python with a torch; then again, at once; then the tests' packages on top."""
+    folder = clone(tmp_path / "a clone, é")
     starter = folder / ".venv-of-mine"  # a name that begins like .venv, which pip could take for its own
     subprocess.run([STARTER, "-m", "venv", starter], check=True)
-    theirs = next(starter.glob("lib/python*/site-packages"))
+    theirs, python = next(starter.glob("lib/python*/site-packages")), starter / "bin" / "python"
     fake_package(theirs, "torch", "2.12.0", "nvidia-nccl-cu13==2.30", "no-such-package-anywhere==1")
     fake_package(theirs, "tqdm", "4.5.0")  # older than the constraints: must be neither used nor removed
     before = sorted(theirs.rglob("[!_]*"))
-    command = [starter / "bin" / "python", "-c", "import make; make.set_up('lessons')"]
-    subprocess.run(command, check=True, cwd=folder)
-    python = folder / ".venv" / "bin" / "python"
-    ask = "import importlib.util as i; print(i.find_spec('torch').origin, i.find_spec('tqdm').origin)"
-    torch, tqdm = shown(python, "-c", ask, check=True, cwd=tmp_path).stdout.split()
+    with lab(python, folder, tmp_path / "cold.log", 900, signal.SIGINT) as cold:
+        assert cold.ask("GET", "").getheader("Location").startswith(f"/lab/tree/{LESSON}")
+        for path in (LESSON, "gradaccum"):  # the root is the repository
+            assert cold.ask("GET", f"api/contents/{path}?content=0").status == 200
+        news = json.load(cold.ask("GET", "lab/api/settings/@jupyterlab/apputils-extension:notification"))
+        assert news["schema"]["properties"]["fetchNews"]["default"] == "false"
+        assert cold.ask("POST", "api/kernels").status == 201
+        sockets = [each for process in cold.family() for each in process.net_connections("inet")]
+        assert {each.laddr.ip for each in sockets if each.status == psutil.CONN_LISTEN} == {"127.0.0.1"}
+    site = next(folder.glob(".venv/lib/python*/site-packages"))
+    assert not [entry.name for entry in site.iterdir() if entry.name.startswith(("nvidia", "cuda_", "triton"))]
+    made = site.stat().st_mtime_ns
+    with lab(python, folder, tmp_path / "warm.log", 900, signal.SIGTERM) as warm:
+        assert "Setting up" not in warm.said()
+        print(f"from the command to an answer: {cold.seconds:.1f} s, then {warm.seconds:.1f} s")
+        assert warm.seconds < cold.seconds / 2
+    assert site.stat().st_mtime_ns == made
+    tests = shown(python, folder / "make.py", "test", "--collect-only", "-q", "tests/test_setup.py", cwd=tmp_path)
+    assert "test_is_enough" in tests.stdout, tests.stderr
+    own = folder / ".venv" / "bin" / "python"
+    ask = "import importlib.util as i; print(*(i.find_spec(name).origin for name in ('torch', 'tqdm')), sep='|')"
+    torch, tqdm = shown(own, "-c", ask, check=True, cwd=tmp_path).stdout.strip().split("|")
     assert torch == str(theirs / "torch" / "__init__.py")
     assert tqdm.startswith(str(folder / ".venv") + os.sep)
-    assert "satisfied: torch" in shown(python, "-m", "pip", "install", "--no-index", "torch==2.12.0").stdout
-    assert shown(python, "-m", "pip", "uninstall", "-y", "torch").returncode != 0
+    assert "satisfied: torch" in shown(own, "-m", "pip", "install", "--no-index", "torch==2.12.0").stdout
+    assert shown(own, "-m", "pip", "uninstall", "-y", "torch").returncode != 0
     assert sorted(theirs.rglob("[!_]*")) == before
-    assert shown(*command, check=True, cwd=folder).stdout == ""  # the second set-up finds all done

@@ -213,10 +213,7 @@ WRONG = {
         BATCH_NORM,
     ),
     "a mean kept": (lambda: by_items(mlp(Centred(), nn.Tanh()), classes, classes_sum), "see each other"),
-    "negatives from the batch": (
-        lambda: by_items(mlp(), pairs, lambda *a: pairs(*a) * len(a[2])),
-        SEE,
-    ),
+    "negatives from the batch": (lambda: by_items(mlp(), pairs, lambda *a: pairs(*a) * len(a[2])), SEE),
     "Dice over the batch": (lambda: by_items(mlp(), dice, lambda *a: dice(*a) * len(a[2])), SEE),
     "a balance loss": (
         lambda: by_items(mlp(), lambda *a: classes(*a) + balance(*a), lambda *a: classes_sum(*a) + balance(*a)),
@@ -292,11 +289,11 @@ def test_what_may_not_be_cut(name):
     assert split.verdict.startswith("May not be cut so: ")
 
 
-def test_the_oracle_agrees_where_a_loss_may_be_cut():
+def test_the_oracle_agrees_where_cuts_are_right():
     assert [name for name, build in RIGHT.items() if oracle(*build(), ROWS.split(SIZES)) > 1e-6] == []
 
 
-def test_a_buffer_that_ends_elsewhere_is_named_though_the_gradient_is_equal():
+def test_a_buffer_that_ends_elsewhere_is_named():
     model, loss, loss_sum, count = by_items(mlp(Calls(), nn.Tanh()), classes, classes_sum)
     other = nn.BatchNorm1d(3)  # of no use here, and in training
     split = check_split([model, other], ROWS, loss, ROWS.split(SIZES), loss_sum, count)
@@ -481,7 +478,7 @@ def test_rounding_is_no_fault():
     assert "compared in float64" in split.verdict
 
 
-def test_llamas_norm_in_float32_is_no_fault_in_float64():
+def test_llamas_float32_norm_is_no_fault():
     class Norm(nn.Module):
         def forward(self, x):
             wide = x.to(torch.float32)
@@ -493,7 +490,7 @@ def test_llamas_norm_in_float32_is_no_fault_in_float64():
     assert split.error < 1e-9
 
 
-def test_pieces_that_are_not_the_batch_and_a_loss_sum_that_cannot_take_it():
+def test_pieces_that_are_not_the_batch():
     model, loss, loss_sum, count = by_items(mlp(), classes, classes_sum)
     split = check_split(model, ROWS, loss, ROWS.split(SIZES)[:2], loss_sum, count)
     assert "the pieces count 11 and it counts 16" in split.verdict
@@ -733,11 +730,7 @@ def freezing():
         (lambda: complex_numbers(-1), False, "-1 times that gradient, in the opposite direction"),
         (lambda: sparse(lambda r: 3 * len(r)), True, ""),
         (lambda: sparse(len), False, "3 times that gradient, in the same direction"),
-        (
-            lambda: by_items(mlp(), pairs, lambda *a: {"a": pairs(*a) * len(a[2])}, lambda r: {"a": len(r)}),
-            False,
-            SEE,
-        ),
+        (lambda: by_items(mlp(), pairs, lambda *a: {"a": pairs(*a) * len(a[2])}, lambda r: {"a": len(r)}), False, SEE),
         (lambda: by_items(mlp(), classes, classes, lambda r: 1), False, "the pieces count 3 and it counts 1"),
     ],
 )
@@ -756,13 +749,13 @@ def test_other_peoples_models(build, ok, said):
         assert all(after[name] is not None and after[name].data_ptr() == state[name].data_ptr() for name in state)
 
 
-def test_a_frozen_batch_norm_and_one_that_is_not_used_are_not_named():
+def test_a_frozen_batch_norm_is_not_named():
     model, loss, loss_sum, count = by_items(mlp(), pairs, lambda *a: pairs(*a) * len(a[2]))
     split = check_split([model, nn.BatchNorm1d(3)], ROWS, loss, ROWS.split(SIZES), loss_sum, count)
     assert "BatchNorm" not in split.verdict
 
 
-def test_what_is_outside_of_the_model_is_left_alone():
+def test_what_is_not_the_models_is_left_alone():
     model, judge = mlp(), nn.Linear(5, 1)
     judge.weight.grad = torch.ones(1, 5)
 
@@ -803,7 +796,7 @@ def test_what_is_outside_of_the_model_is_left_alone():
     assert torch.equal(torch.get_rng_state(), random_before)
 
 
-def test_accumulate_warns_and_looks_at_hooks_after_a_check_as_before():
+def test_accumulate_is_as_before_after_a_check():
     model, loss, loss_sum, count = by_items(mlp(nn.BatchNorm1d(6)), classes, classes_sum)
     check_split(model, ROWS, loss, ROWS.split(SIZES), loss_sum, count)
     optimizers = {each: torch.optim.SGD([each], lr=0.1) for each in model.parameters()}

@@ -45,7 +45,7 @@ def screen(monkeypatch):
     return screen
 
 
-def test_an_answer_is_closed_until_a_guess_is_committed(screen):
+def test_an_answer_is_closed_until_a_guess(screen):
     prediction = widgets.predict("How many times?")
     prediction.reveal(4.0, "times the right one")
     assert "<details>" in screen.text
@@ -60,7 +60,7 @@ def test_an_answer_is_closed_until_a_guess_is_committed(screen):
     assert "<b>4</b> times the right one" in screen.text
 
 
-def test_a_committed_guess_stands_and_opens_the_answer(screen):
+def test_a_guess_stands_and_opens_the_answer(screen):
     prediction = widgets.predict("How?", choices=["half", "double"])
     assert [button.description for button in prediction.buttons] == ["half", "double"]
     prediction.buttons[1].click()
@@ -77,7 +77,7 @@ def test_a_committed_guess_stands_and_opens_the_answer(screen):
     assert widgets.predict("How?", choices=["half", "double", "thrice"]) is not prediction
 
 
-def test_what_is_typed_is_taken_whole_and_without_the_button(screen):
+def test_what_is_typed_is_taken_whole(screen):
     prediction = widgets.predict("How many?")
     assert not prediction.text.continuous_update  # key by key, the end would come after the button's click
     prediction.text.value = " 12 "  # as Enter and Tab send it
@@ -115,7 +115,7 @@ def test_an_answer_is_written_plainly(screen, answer, shown):
         ((), float("nan"), "by nan: give `right`, a number"),
     ],
 )
-def test_an_answer_that_no_guess_can_be_judged_by_is_refused(screen, choices, right, sentence):
+def test_an_answer_no_guess_can_meet_is_refused(screen, choices, right, sentence):
     prediction, before = widgets.predict("How?", choices), len(screen.shown)
     with pytest.raises(ValueError, match=sentence):
         prediction.reveal(2, "times", right=right)
@@ -157,10 +157,9 @@ STEPS = {"exactly 0": 0.0, "below 0.00001": 1e-7, "about 0.001": 1e-3, "about 0.
 
 
 @pytest.mark.parametrize(
-    ("measured", "best"),
-    [(0, 0), (1e-16, 1), (9e-6, 1), (2e-5, 2), (9e-3, 2), (2e-2, 3), (50.0, 3), ("about 0.2", 3)],
+    ("measured", "best"), [(0, 0), (1e-16, 1), (9e-6, 1), (2e-5, 2), (9e-3, 2), (2e-2, 3), (50.0, 3), ("about 0.2", 3)]
 )
-def test_the_right_choice_is_the_nearest_by_its_ratio(screen, measured, best):
+def test_the_right_choice_is_nearest_by_ratio(screen, measured, best):
     for number, label in enumerate(STEPS):
         prediction = widgets.Prediction("How far?", STEPS)
         prediction.buttons[number].click()
@@ -169,7 +168,7 @@ def test_the_right_choice_is_the_nearest_by_its_ratio(screen, measured, best):
         assert prediction.verdict() == ((True, "right") if label == right else (False, f"another choice: {right}"))
 
 
-def test_recap_says_how_the_guesses_did_and_gives_nothing_else_away(screen):
+def test_recap_says_how_the_guesses_did(screen):
     for question, choices, guess, answer in [
         ("How <many>?", (), "8", 4.0),
         ("Which?", ["this", "that"], "this", "this"),
@@ -214,7 +213,7 @@ def explored(screen):
     return screen.view, calls, (slider, choice), *rest
 
 
-def test_explore_starts_at_the_defaults_redraws_and_goes_back(explored):
+def test_explore_redraws_and_goes_back(explored):
     _, calls, (slider, choice), (sentence,), (picture,), (back,) = explored
     assert calls == [(4, "SGD")]
     assert bytes(picture.value).startswith(b"\x89PNG")
@@ -230,7 +229,7 @@ def test_explore_starts_at_the_defaults_redraws_and_goes_back(explored):
     assert len(calls) == 3, "what was drawn before is shown again, and going back draws no step of the way"
 
 
-def test_explore_shows_what_went_wrong_and_goes_on(explored):
+def test_explore_shows_an_error_and_goes_on(explored):
     _, _, (slider, _), (sentence,), (picture,), (back,) = explored
     slider.value = 2
     assert sentence.value == "<p>This cannot be shown. ValueError: steps is 2 &lt;two&gt;.</p>"
@@ -251,7 +250,7 @@ def test_explore_refuses_what_cannot_start(screen):
     assert screen.shown == []
 
 
-def test_a_wide_figure_is_drawn_for_a_window_of_800_pixels():
+def test_a_wide_figure_is_drawn_for_800_pixels():
     width = int.from_bytes(widgets._png(Figure(figsize=(9, 2), dpi=100))[16:20])  # where a PNG has it
     assert width == 800
 
@@ -274,7 +273,7 @@ def test_the_browser_finds_what_it_names(explored, screen):
 
 
 @pytest.mark.parametrize("stop_early", [False, True])
-def test_progress_yields_everything_and_leaves_nothing_behind(screen, stop_early):
+def test_progress_yields_all_and_leaves_nothing(screen, stop_early):
     seen = []
     with pytest.raises(KeyboardInterrupt) if stop_early else pytest.MonkeyPatch.context():
         for item in widgets.progress(range(5), "counting"):
@@ -286,7 +285,7 @@ def test_progress_yields_everything_and_leaves_nothing_behind(screen, stop_early
     assert screen.text == ""
 
 
-def test_a_stopped_cell_fails_with_one_sentence_and_nothing_else_changes():
+def test_a_stopped_cell_fails_with_one_sentence():
     manager = KernelManager(kernel_name=CURRENT_ENV_KERNEL_NAME, kernel_spec_manager=NbvalKernelspecManager())
     manager.start_kernel(extra_arguments=["--IPKernelApp.log_level=ERROR"])
     client = manager.client()

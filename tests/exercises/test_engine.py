@@ -67,7 +67,7 @@ def double(x):
 # ------------------------------------------------------------------------------------------------ points, verdicts
 
 
-def test_full_points_and_the_plain_text_that_nbgrader_reads():
+def test_full_points_and_the_text_for_nbgrader():
     score = Score(grade(DOUBLE, double))
     assert score == 3
     assert repr(score) == str(score) == "3.0"
@@ -76,7 +76,7 @@ def test_full_points_and_the_plain_text_that_nbgrader_reads():
     assert pickle.loads(pickle.dumps(float(score))) == 3.0
 
 
-def test_a_mistake_is_named_and_what_depends_on_it_does_not_count():
+def test_a_mistake_is_named_and_dependents_wait():
     outcome = grade(DOUBLE, squared.answer)
     assert (outcome.points, outcome.recognized) == (0, squared)
     first, second = outcome.results
@@ -87,7 +87,7 @@ def test_a_mistake_is_named_and_what_depends_on_it_does_not_count():
     assert second.problem == "This counts once the following holds: the double comes out."
 
 
-def test_an_answer_of_an_unknown_kind_is_told_the_difference_alone():
+def test_an_unknown_kind_shows_the_difference():
     outcome = grade(DOUBLE, lambda x: 6 * x)
     assert (outcome.points, outcome.mistake) == (0, "")
     assert outcome.results[0].difference == Difference("4", "12", "exactly 3 times as large")
@@ -111,12 +111,12 @@ def test_what_is_the_same_everywhere_goes_first():
     assert grade(asked, split(tripled, lambda x: 2 * x)).recognized is in_part
 
 
-def test_a_mistake_that_the_answer_has_right_is_out():
+def test_a_mistake_the_answer_has_right_is_out():
     everywhere = question(HALVES, tripled)
     assert grade(everywhere, split(tripled, lambda x: 2 * x)).mistake == ""
 
 
-def test_a_mistake_that_fails_in_another_way_is_out():
+def test_a_mistake_that_fails_otherwise_is_out():
     asked = question(HALVES, tripled)
     assert grade(asked, split(tripled, lambda x: 7 * x)).mistake == ""
 
@@ -148,7 +148,7 @@ def test_bytes_name_a_mistake_by_failing_alone():
     assert grade(question([THE_DOUBLE, most], large), lambda x: 7e11 * x).recognized is None
 
 
-def test_another_error_of_the_same_kind_is_not_the_same():
+def test_another_error_of_a_kind_is_not_the_same():
     def raises(text):
         def answer(x):
             raise RuntimeError(text)
@@ -250,7 +250,7 @@ def test_no_row_where_the_weights_are_not_known(got, means):
     assert outcome.results[0].weights is None
 
 
-def test_what_is_no_weighted_sum_is_said_and_how_much():
+def test_how_much_is_no_weighted_sum_is_said():
     said = weighed(summed([0.3, 0.3, 0.3], rest=0.3)).said
     assert re.match(r"[\d.]+ % of this gradient is no weighted sum of the micro-batches' gradients: is it ", said)
     off, held = OTHER, summed([0.3, 0.3, 0.3], rest=0.3)
@@ -275,18 +275,18 @@ def test_what_is_no_weighted_sum_is_said_and_how_much():
         ([0.4, 0.2, 0.3], (4, 4, 4), ""),
     ],
 )
-def test_what_nobody_knows_gets_the_audits_sentence(weights, counts, said):
+def test_an_unknown_cause_gets_audits_sentence(weights, counts, said):
     outcome = weighed(summed(weights), counts=counts)
     assert outcome.said.startswith(said)
     assert bool(outcome.said) == bool(said)
     assert outcome.mistake == ""
 
 
-def test_a_partial_window_over_k_gets_its_sentence():
+def test_a_partial_window_over_k_is_named():
     assert weighed(summed([1 / 5] * 3), steps=5).said.startswith("Divided by k = 5, and the window has 3: ")
 
 
-def test_a_sentence_is_true_of_all_that_failed_or_is_not_said():
+def test_a_sentence_is_true_of_all_that_failed():
     undivided, other = summed([1, 1, 1]), summed([1, 2, 3])
     assert weighed(undivided, undivided).said
     outcome = weighed(undivided, other)
@@ -294,7 +294,7 @@ def test_a_sentence_is_true_of_all_that_failed_or_is_not_said():
     assert [result.weights.got for result in outcome.results] == [pytest.approx([1, 1, 1]), pytest.approx([1, 2, 3])]
 
 
-def test_a_named_mistake_has_a_row_and_no_second_sentence():
+def test_a_named_mistake_has_no_second_sentence():
     known = mistake("Not divided.")(lambda at: summed([1, 1, 1]))
     outcome = weighed(summed([1, 1, 1]), mistakes=[known])
     assert (outcome.mistake, outcome.said) == ("Not divided.", "")
@@ -319,7 +319,7 @@ def probe_of_w(answer, case):
     return answer(case["w"])
 
 
-def test_a_card_leads_with_the_relation_and_folds_the_numbers():
+def test_a_card_leads_with_the_relation():
     score = Score(weighed(summed([1, 1, 1])))
     lines = [line.strip() for line in score.report.splitlines()[2:]]
     assert lines[:3] == ["Exactly 3 times as large as it should be.", row(score.outcome), "Tried: it."]
@@ -424,7 +424,7 @@ def broken(x):
     return numbers[1]  # too far
 
 
-def test_an_exception_is_one_line_with_the_learners_own_line():
+def test_an_exception_is_one_line_with_its_source():
     outcome = grade(DOUBLE, broken)
     line = broken.__code__.co_firstlineno + 2
     sentence = f"Line {line}, `return numbers[1]  # too far`: IndexError: list index out of range"
@@ -536,7 +536,7 @@ def test_an_endless_attempt_is_stopped(monkeypatch, capsys):
     assert capsys.readouterr().out == "Stopped after 0.2 seconds: does a loop never end?\n"
 
 
-def test_an_interrupt_by_the_learner_stops_it_cleanly():
+def test_an_interrupt_stops_an_answer_cleanly():
     def interrupted(x):
         raise KeyboardInterrupt
 
@@ -552,7 +552,7 @@ def test_a_check_works_in_a_thread_too():
     assert found == [3]
 
 
-def test_what_an_answer_prints_and_warns_of_is_caught(capfd):
+def test_prints_and_warnings_are_caught(capfd):
     def noisy(x):
         print("here I am", x)
         print("to stderr", file=sys.stderr)
@@ -570,7 +570,7 @@ def test_what_an_answer_prints_and_warns_of_is_caught(capfd):
     assert "What your code printed" in score._repr_html_()
 
 
-def test_the_finished_functions_are_noticed_by_whatever_name():
+def test_finished_functions_are_noticed():
     borrowed = [windows]
 
     def by_another_name(x):
@@ -688,7 +688,7 @@ def test_weights_and_gradients_may_change():
     assert grade(GIVEN, trains).points == 2
 
 
-def test_a_generator_is_looked_at_when_it_has_ended():
+def test_a_generator_is_judged_at_its_end():
     def read(answer, case):
         return list(answer([1, 2]))
 
@@ -709,7 +709,7 @@ def hunt(x):
 HUNT = question([THE_DOUBLE, at("0 stays 0", 0.0, points=0)], squared, given=hunt)
 
 
-def test_unchanged_code_is_not_changed_yet_whatever_its_layout():
+def test_unchanged_code_is_noticed_in_any_layout():
     namespace = {}
     exec('def hunt(x):\n    """Other words."""\n    # a comment\n    return (x *\n  3)', namespace)
     for answer in (hunt, namespace["hunt"]):
@@ -719,7 +719,7 @@ def test_unchanged_code_is_not_changed_yet_whatever_its_layout():
     assert outcome.mistake == "What the given code does wrong is still there."
 
 
-def test_a_repair_that_breaks_what_worked_earns_nothing():
+def test_a_repair_that_breaks_more_earns_nothing():
     assert grade(HUNT, double).points == 2
     outcome = grade(HUNT, lambda x: 2 * x if x else 1.0)
     assert outcome.points == 0
@@ -755,13 +755,13 @@ def test_a_wide_tolerance_is_noticed(monkeypatch):
 # ------------------------------------------------------------------------------------------------ the learner's side
 
 
-def test_check_refuses_an_unknown_exercise_in_one_sentence():
+def test_check_refuses_an_unknown_exercise():
     for given in ("3.9", "9.1", "three", 3.2):
         with pytest.raises(ValueError, match="There is no exercise"):
             check(given, double) if given != 3.2 else check("3.20", double)
 
 
-def test_nothing_of_an_answer_reaches_the_page_as_html():
+def test_an_answer_is_escaped_on_the_page():
     def hostile(x):
         print("<script>alert(1)</script>")
         raise ValueError("<img src=x>")
@@ -773,7 +773,7 @@ def test_nothing_of_an_answer_reaches_the_page_as_html():
     assert "ValueError: &lt;img src=x&gt;" in card
 
 
-def test_the_verdict_is_a_word_and_not_a_colour_alone():
+def test_the_verdict_is_a_word_too():
     card = Score(grade(DOUBLE, squared.answer))._repr_html_()
     assert ">FAIL<" in card
     assert ">NOT YET<" in card
@@ -782,7 +782,7 @@ def test_the_verdict_is_a_word_and_not_a_colour_alone():
     assert squared.sentence in card
 
 
-def test_the_scorecard_says_what_is_there_and_what_is_next(monkeypatch):
+def test_the_scorecard_says_what_is_next(monkeypatch):
     monkeypatch.setattr(exercises, "_scores", {})
     monkeypatch.setattr(exercises.progress, "_session", {})
     assert repr(scorecard(3)).startswith("0 of 11 points\n")
@@ -816,7 +816,7 @@ def test_solution_and_reset(capsys, monkeypatch, tmp_path):
         exercises.solution("3.2")
 
 
-def test_import_gradaccum_does_not_import_the_exercises():
+def test_gradaccum_imports_no_exercises():
     code = "import sys, gradaccum; print([m for m in sys.modules if 'exercises' in m or m == 'IPython'])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=True)
     assert result.stdout.strip() == "[]"

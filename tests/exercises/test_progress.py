@@ -74,7 +74,7 @@ def test_the_best_check_outlasts_a_restart(file, monkeypatch):
     assert told in card._repr_html_()
 
 
-def test_another_process_keeps_it_in_jupyter_s_folder(file, tmp_path, monkeypatch):
+def test_another_process_keeps_in_jupyters_folder(file, tmp_path, monkeypatch):
     script = "from IPython.core.interactiveshell import InteractiveShell as Shell; Shell.instance()\n"
     script += "from gradaccum.exercises import check; print(check('3.2', lambda reduction, sizes: len(sizes)).report)"
     monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "data"))
@@ -85,7 +85,7 @@ def test_another_process_keeps_it_in_jupyter_s_folder(file, tmp_path, monkeypatc
     assert (scorecard(3).points, progress.place()) == (1, tmp_path / "data" / "gradaccum" / "progress.json")
 
 
-def test_two_notebooks_write_at_once_and_nothing_is_lost(file):
+def test_two_notebooks_at_once_lose_nothing(file):
     script = f"""import runpy, sys, types
 own = runpy.run_path({progress.__file__!r})["keep"].__globals__
 own.update(get_ipython=lambda: types.SimpleNamespace(history_manager=None), HERE=own["Path"]({str(file.parent)!r}))
@@ -101,7 +101,7 @@ assert not own["_unwritten"]"""
     assert [path.name for path in file.parent.glob("progress*")] == ["progress.json"]
 
 
-def test_a_turn_that_nobody_ends_is_waited_for_shortly(file):
+def test_a_lock_nobody_releases_is_waited_out(file):
     lock = file.with_name("progress.json.lock")
     lock.touch()
     check("3.2", right)
@@ -112,14 +112,14 @@ def test_a_turn_that_nobody_ends_is_waited_for_shortly(file):
 
 
 @pytest.mark.parametrize("text", ["", "no JSON", "[1]", '{"format": 2, "exercises": {}}', '{"exercises": {}}', "\xff"])
-def test_a_file_that_is_not_ours_to_change_is_left_alone(file, text):
+def test_a_file_that_is_not_ours_is_left_alone(file, text):
     file.write_text(text, "latin-1")
     assert check("3.2", right) == scorecard(3).points == 2
     assert file.read_text("latin-1") == text
     assert "nothing is kept: copies/progress.json cannot be read, and is left alone" in repr(scorecard(3))
 
 
-def test_other_entries_stay_and_odd_ones_count_for_nothing(file):
+def test_other_entries_stay_and_odd_ones_are_void(file):
     write(file, others := OTHERS | {"9.9": "?", "3.1": {"best": "4"}, "3.3": [5]})
     check("3.2", right)
     assert entries(file).pop("3.2")["best"] == scorecard(3).points == 2
@@ -127,7 +127,7 @@ def test_other_entries_stay_and_odd_ones_count_for_nothing(file):
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EACCES])
-def test_where_nothing_can_be_written_a_check_is_as_ever(file, monkeypatch, error, capsys):
+def test_a_check_works_where_nothing_is_writable(file, monkeypatch, error, capsys):
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(error, os.strerror(error))))
     assert check("3.2", right) == 2
     assert capsys.readouterr() == ("", "")
@@ -149,7 +149,7 @@ def test_a_graded_run_neither_reads_nor_writes(file, monkeypatch, history):
     assert "nothing is kept" in repr(scorecard(3))
 
 
-def test_neither_tests_nor_the_builder_keep_anything(monkeypatch):
+def test_tests_and_the_builder_keep_nothing(monkeypatch):
     assert os.environ[progress.SWITCH] == "off"
     monkeypatch.delenv(progress.SWITCH)
     cell = nbformat.v4.new_code_cell(f"import os; print(os.environ[{progress.SWITCH!r}])")
@@ -176,7 +176,7 @@ def test_reset_clears_what_is_kept(file, capsys):
     assert capsys.readouterr().out == told
 
 
-def test_the_card_says_what_was_reached_and_all_of_it_fits(file):
+def test_the_card_says_what_was_reached(file):
     assert "Normalize: 0 of 11 points, 0 of 3 exercises solved, 20" in exercises.card(3).get_label()
     write(file, {each: OTHERS["1.1"] | {"best": 4} for each in ("3.1", "3.2", "3.3")})
     figure = exercises.card(3)

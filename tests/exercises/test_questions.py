@@ -100,7 +100,7 @@ def test_the_reference_answer_gets_full_points(question):
 
 
 @each_question
-def test_what_the_learner_starts_from_earns_nothing_and_is_told_so(question):
+def test_the_start_earns_nothing_and_says_so(question):
     start = cell(release_of(lesson_of(question)), "answer", question).source
     outcome = grade(question, defined(question, start))
     assert outcome.points == 0
@@ -163,7 +163,7 @@ def test_the_weights_are_those_that_it_gave(question):
 
 
 @each_question
-def test_in_a_bug_hunt_only_what_the_given_code_fails_carries_points(question):
+def test_a_bug_hunt_pays_for_what_failed_alone(question):
     if question.given is None:
         assert all(each.points > 0 for each in question.properties)
         return
@@ -182,7 +182,7 @@ def grade_as_any(question, answer):
 
 @pytest.mark.slow
 @each_question
-def test_every_mutant_of_the_reference_answer_loses_points(question):
+def test_every_mutant_of_an_answer_loses_points(question):
     source, equivalent = worked(question), corpus(question).EQUIVALENT
     lived, count = [], 0
     for change, text in mutants(source):
@@ -227,7 +227,7 @@ json.dump(found, sys.stdout)
 """
 
 
-def test_probes_run_where_no_question_can_be_imported():
+def test_probes_run_without_the_questions():
     asked = []
     for question in QUESTIONS:
         probes = [(each.probe.__name__, inspect.getsource(each.probe)) for each in question.properties]
@@ -245,7 +245,7 @@ def test_probes_run_where_no_question_can_be_imported():
 
 
 def test_every_question_has_its_file_of_answers():
-    assert sorted(path.stem for path in ANSWERS.glob("*.py")) == sorted(path.stem for path in FOLDER.glob("q*.py"))
+    assert sorted(path.stem for path in ANSWERS.glob("q*.py")) == sorted(path.stem for path in FOLDER.glob("q*.py"))
     assert len(exercises.IDENTIFIERS) >= 3
 
 
@@ -290,7 +290,7 @@ PITFALLS = {
 
 
 @pytest.mark.parametrize("pitfall", PITFALLS)
-def test_every_pitfall_that_the_lessons_teach_has_its_mistake(pitfall):
+def test_every_pitfall_taught_has_its_mistake(pitfall):
     identifier, name = PITFALLS[pitfall].split()
     question = exercises.find(identifier)
     assert question.given if name == "given" else name in question.mistakes
@@ -298,7 +298,7 @@ def test_every_pitfall_that_the_lessons_teach_has_its_mistake(pitfall):
 
 @pytest.mark.slow
 def test_the_page_of_mistakes_is_as_made():
-    assert mistakes.PAGE.read_text("utf-8") == mistakes.page(), "make it again: python notebooks/source/mistakes.py"
+    assert mistakes.PAGE.read_text("utf-8") == mistakes.page(), "make it again: python tools/mistakes.py"
 
 
 def test_whoever_is_led_to_the_mistakes_is_warned():

@@ -6,30 +6,10 @@ import re
 from pathlib import Path
 
 import jupytext
+import launch
+from launch import SourceError
 
-START, END = (
-    "<!-- lessons: `make notebooks` writes this -->\n",
-    "<!-- /lessons -->\n",
-)
-NUMBERS = [
-    "no",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-]
-
-
-class OverviewError(ValueError):
-    """A source or README that does not say what the table needs; the message is for the author."""
+NUMBERS = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 
 
 def texts(path: Path) -> list[str]:
@@ -42,9 +22,7 @@ def minutes(text: str, path: Path) -> int:
     """Return the minutes that a text promises."""
     found = re.search(r"\b(\d+) minutes", text)
     if found is None:
-        raise OverviewError(
-            f"{path.name}: {text[:40]!r} does not say how many minutes it takes."
-        )
+        raise SourceError(f"{path.name}: {text[:40]!r} does not say how many minutes it takes.")
     return int(found[1])
 
 
@@ -53,12 +31,8 @@ def totals(path: Path) -> tuple[int, int, int]:
     headings = [text for text in texts(path) if text.startswith("## Exercise ")]
     points = [re.search(r"\| (\d+) points?\n", text) for text in headings]
     if None in points:
-        raise OverviewError(f"{path.name}: an exercise does not say its points.")
-    return (
-        len(headings),
-        sum(int(each[1]) for each in points),
-        sum(minutes(text, path) for text in headings),
-    )
+        raise SourceError(f"{path.name}: an exercise does not say its points.")
+    return (len(headings), sum(int(each[1]) for each in points), sum(minutes(text, path) for text in headings))
 
 
 def in_words(path: Path) -> str:
@@ -69,10 +43,7 @@ def in_words(path: Path) -> str:
 
 def table(lessons: list[Path], folder: str = "") -> str:
     """Write a row for each lesson, from its title, its promise and its exercises; links begin with `folder`."""
-    lines = [
-        "| lesson | what it is about | minutes | exercises |",
-        "|---|---|---|---|",
-    ]
+    lines = ["| lesson | what it is about | minutes | exercises |", "|---|---|---|---|"]
     sums = [0, 0, 0, 0]
     for path in lessons:
         promise, number = texts(path)[0], path.stem[:2]
@@ -83,13 +54,9 @@ def table(lessons: list[Path], folder: str = "") -> str:
         if graded.exists():
             found = totals(graded)
             cell = f"[{found[0]} ({found[1]} points, {found[2]} minutes)]({folder}exercises/{graded.stem}.ipynb)"
-        lines.append(
-            f"| [{title}]({folder}{path.stem}.ipynb) | {about} | {spent} | {cell} |"
-        )
+        lines.append(f"| [{title}]({folder}{path.stem}.ipynb) | {about} | {spent} | {cell} |")
         sums = [one + other for one, other in zip(sums, (spent, *found), strict=True)]
-    lines.append(
-        f"| in all | | {sums[0]} | {sums[1]} ({sums[2]} points, {sums[3]} minutes) |"
-    )
+    lines.append(f"| in all | | {sums[0]} | {sums[1]} ({sums[2]} points, {sums[3]} minutes) |")
     return "\n".join(lines)
 
 
@@ -98,23 +65,21 @@ def filled(text: str, path: Path, lessons: list[Path]) -> str:
     if "{{totals}}" in text:
         text = text.replace("{{totals}}", in_words(path))
     if "{{lessons}}" in text:
-        text = text.replace(
-            "{{lessons}}", table([each for each in lessons if each != path])
-        )
+        text = text.replace("{{lessons}}", table([each for each in lessons if each != path]))
     return text
 
 
-def within(text: str, start: str, end: str, block: str) -> str:
+def within(text: str, name: str, command: str, block: str) -> str:
     """Put a block between the two lines that README.md keeps for it."""
+    start, end = f"<!-- {name}: `{command}` writes this -->\n", f"<!-- /{name} -->\n"
     before, found, rest = text.partition(start)
     _, closed, after = rest.partition(end)
     if not (found and closed):
-        raise OverviewError(
-            f"README.md has lost two of its lines: {start.strip()} and {end.strip()}."
-        )
+        raise SourceError(f"README.md has lost two of its lines: {start.strip()} and {end.strip()}.")
     return before + start + block + end + after
 
 
 def readme(text: str, lessons: list[Path]) -> str:
-    """Write the table into README's text."""
-    return within(text, START, END, table(lessons, "notebooks/") + "\n")
+    """Write the links and the table into README's text."""
+    text = within(text, "launch", "make address", launch.block())
+    return within(text, "lessons", "make notebooks", table(lessons, "notebooks/") + "\n")

@@ -1,11 +1,11 @@
 """Make the notebooks of this course from their sources.
 
-    python notebooks/source/build.py                            # all of them
-    python notebooks/source/build.py 01_naive_loop              # one lesson
-    python notebooks/source/build.py exercises/03_exercises     # one exercise notebook
-    python notebooks/source/build.py --check                    # compare with the sources, run nothing
-    python notebooks/source/build.py --with-tests 02_accumulate # run it with its `test` cells, write nothing
-    python notebooks/source/build.py --address ADDRESS          # set the repository's, or `none` (launch.py)
+    python tools/build.py                            # all of them
+    python tools/build.py 01_naive_loop              # one lesson
+    python tools/build.py exercises/03_exercises     # one exercise notebook
+    python tools/build.py --check                    # compare with the sources, run nothing
+    python tools/build.py --with-tests 02_accumulate # run it with its `test` cells, write nothing
+    python tools/build.py --address ADDRESS          # set the repository's, or `none`, and make all of them
 
 A lesson is run in a fresh kernel and keeps what it shows. From an exercise the answers are taken out (release.py).
 
@@ -32,20 +32,17 @@ import nbformat
 import overview
 import release
 from jupyter_client.manager import AsyncKernelManager
+from launch import SourceError
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
 from nbval.kernel import CURRENT_ENV_KERNEL_NAME, NbvalKernelspecManager
 
-SOURCE = Path(__file__).resolve().parent
-NOTEBOOKS = SOURCE.parent
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+SOURCE = NOTEBOOKS / "source"
 # All that JupyterLab writes when it has a kernel: where a key is missing or differs, a notebook is changed once opened.
 METADATA = {
-    "kernelspec": {
-        "display_name": "Python 3 (ipykernel)",
-        "language": "python",
-        "name": "python3",
-    },
+    "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
     "language_info": {
         "codemirror_mode": {"name": "ipython", "version": 3},
         "file_extension": ".py",
@@ -58,15 +55,8 @@ METADATA = {
 }
 # A widget cell also carries `nbval-ignore-output`: what it shows is a live view, the cell after it tests the numbers.
 TAGS = {"nbval-ignore-output", "widget", "folded", "hidden", "test"}
-LOOKS = {
-    "folded": {"jp-MarkdownHeadingCollapsed": True},
-    "hidden": {"jupyter": {"source_hidden": True}},
-}
+LOOKS = {"folded": {"jp-MarkdownHeadingCollapsed": True}, "hidden": {"jupyter": {"source_hidden": True}}}
 CELL_SECONDS = 120
-
-
-class SourceError(ValueError):
-    """A source that cannot be made into a notebook; the message is for the author."""
 
 
 def lessons() -> list[Path]:
@@ -113,22 +103,12 @@ def read_source(path: Path, tests: bool = False) -> NotebookNode:
         if not name:
             raise SourceError(f"{here} has no name: open it with `# %% some-name`.")
         if not re.fullmatch(r"[a-z0-9-]{1,64}", name):
-            raise SourceError(
-                f"{here} is named {name!r}: use 1 to 64 of a-z, 0-9 and the hyphen."
-            )
+            raise SourceError(f"{here} is named {name!r}: use 1 to 64 of a-z, 0-9 and the hyphen.")
         if name in [*launch.NAMES, *(other.id for other in notebook.cells)]:
-            raise SourceError(
-                f"{here} is named {name!r}, and so is another cell: each name stands once in a notebook."
-            )
-        layout = [
-            key
-            for key in cell.metadata
-            if key.startswith("lines_to_") or key == "cell_marker"
-        ]  # jupytext's own
+            raise SourceError(f"{here} is named {name!r}, and so is another cell: each name stands once in a notebook.")
+        layout = [key for key in cell.metadata if key.startswith("lines_to_") or key == "cell_marker"]  # jupytext's own
         if unknown := [*(set(cell.metadata) - set(layout)), *sorted(set(tags) - TAGS)]:
-            raise SourceError(
-                f"{here}, {name!r}, has {unknown[0]!r}: besides its name a cell has {allowed}."
-            )
+            raise SourceError(f"{here}, {name!r}, has {unknown[0]!r}: besides its name a cell has {allowed}.")
         if cell.cell_type == "markdown":
             cell.source = overview.filled(cell.source, path, lessons())
         if wrong := misplaced(cell, tags, alt):
@@ -139,15 +119,9 @@ def read_source(path: Path, tests: bool = False) -> NotebookNode:
             metadata |= LOOKS[tag]
         if alt:
             metadata["alt"] = alt
-        notebook.cells.append(
-            nbformat.from_dict({**cell, "id": name, "metadata": metadata})
-        )
+        notebook.cells.append(nbformat.from_dict({**cell, "id": name, "metadata": metadata}))
     if not tests:
-        notebook.cells = [
-            cell
-            for cell in notebook.cells
-            if "test" not in cell.metadata.get("tags", [])
-        ]
+        notebook.cells = [cell for cell in notebook.cells if "test" not in cell.metadata.get("tags", [])]
     notebook.cells[1:1] = launch.cells(f"notebooks/{name_of(path)}.ipynb")
     nbformat.validate(notebook)
     return notebook
@@ -170,27 +144,17 @@ def kernel(notebook: NotebookNode, **environment: str) -> Iterator[NotebookClien
     """Start a kernel of this Python, whatever the machine's `python3` kernel is, in the notebooks' folder."""
     client = NotebookClient(
         notebook,
-        km=AsyncKernelManager(
-            kernel_name=CURRENT_ENV_KERNEL_NAME,
-            kernel_spec_manager=NbvalKernelspecManager(),
-        ),
+        km=AsyncKernelManager(kernel_name=CURRENT_ENV_KERNEL_NAME, kernel_spec_manager=NbvalKernelspecManager()),
         timeout=CELL_SECONDS,
         coalesce_streams=True,  # how a stream was cut into messages is chance
         record_timing=False,
         shutdown_kernel="immediate",
-        extra_arguments=[
-            "--HistoryManager.hist_file=:memory:",
-            "--IPKernelApp.log_level=ERROR",
-        ],
+        extra_arguments=["--HistoryManager.hist_file=:memory:", "--IPKernelApp.log_level=ERROR"],
     )
-    inherited = {
-        name: value for name, value in os.environ.items() if name != "MPLBACKEND"
-    }  # figures are inline
+    inherited = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}  # figures are inline
     inherited["TQDM_DISABLE"] = "1"  # a bar, on a slow machine, is no output to keep
     inherited["GRADACCUM_PROGRESS"] = "off"  # nor are these an author's own exercises
-    with client.setup_kernel(
-        cleanup_kc=True, cwd=str(NOTEBOOKS), env=inherited | environment
-    ):
+    with client.setup_kernel(cleanup_kc=True, cwd=str(NOTEBOOKS), env=inherited | environment):
         yield client
 
 
@@ -235,14 +199,9 @@ def differences(path: Path) -> list[str]:
         found = nbformat.reads(text, as_version=4)
     except (nbformat.reader.NotJSONError, nbformat.ValidationError) as error:
         return [f"{made.name} is no notebook: {str(error).splitlines()[0]}"]
-    names, committed = (
-        [cell.id for cell in wanted.cells],
-        [cell.get("id", "no id") for cell in found.cells],
-    )
+    names, committed = ([cell.id for cell in wanted.cells], [cell.get("id", "no id") for cell in found.cells])
     problems = [f"cell {name!r} is missing" for name in names if name not in committed]
-    problems += [
-        f"cell {name!r} is not in the source" for name in committed if name not in names
-    ]
+    problems += [f"cell {name!r} is not in the source" for name in committed if name not in names]
     if not problems and names != committed:
         problems.append("the cells stand in another order, or one stands twice")
     ours = {cell.id: cell for cell in wanted.cells}
@@ -281,10 +240,7 @@ def make(path: Path) -> list[str]:
     data = laid_out(notebook)
     write(data, made_from(path))
     seconds = time.perf_counter() - started
-    print(
-        f"{name_of(path)}: {len(notebook.cells)} cells, {seconds:.1f} s, {len(data):,} bytes",
-        flush=True,
-    )
+    print(f"{name_of(path)}: {len(notebook.cells)} cells, {seconds:.1f} s, {len(data):,} bytes", flush=True)
     return []
 
 
@@ -306,124 +262,52 @@ def check(path: Path) -> list[str]:
 
 
 def kept() -> dict[Path, str]:
-    """Collect what the module keeps of the exercises: the worked solutions, and what a card to share says."""
+    """Return what the module keeps of the exercises: the worked solutions, and what a card to share says."""
     paths = [path for path in sources().values() if is_exercise(path)]
     both = [(release.marked(read_source(path)), expected(path)) for path in paths]
     return {release.ANSWERS: release.answers(both), release.ABOUT: release.about(both)}
 
 
-def keep_answers(act: Callable[[Path], list[str]]) -> list[str]:
-    """Write what the module keeps of the exercises, or compare it."""
-    problems = []
-    for path, text in kept().items():
-        if act is make:
-            path.write_text(text, encoding="utf-8")
-        elif not path.exists() or path.read_text("utf-8") != text:
-            problems.append(f"{path.name}: does not hold what the sources say")
-            print(problems[-1])
+def readme() -> dict[Path, str]:
+    """Return README with its links and its table of the lessons."""
+    path = NOTEBOOKS.parent / "README.md"
+    return {path: overview.readme(path.read_text("utf-8"), lessons())} if path.exists() else {}
+
+
+def keep(files: dict[Path, str], act: Callable[[Path], list[str]]) -> list[str]:
+    """Write these files, or compare them."""
+    stale = [path for path, text in files.items() if not path.exists() or path.read_text("utf-8") != text]
+    if act is make:
+        for path in stale:
+            write(files[path].encode(), path)
+        return []
+    problems = [f"{path.name}: does not hold what the sources say" for path in stale]
+    print(*problems, sep="\n", end="\n" if problems else "")
     return problems
 
 
-def keep_readme(act: Callable[[Path], list[str]]) -> list[str]:
-    """Write README's table of the lessons, or compare it."""
-    path = NOTEBOOKS.parent / "README.md"
-    text = path.read_text("utf-8") if path.exists() else ""
-    written = overview.readme(text, lessons()) if text else ""
-    if act is make and written != text:
-        write(written.encode(), path)
-    if act is make or written == text:
-        return []
-    problem = "README.md: its table does not say what the sources say"
-    print(problem)
-    return [problem]
+def set_address(given: str) -> None:
+    """Write the repository's address into pyproject.toml, or take it away."""
+    launch.ADDRESS = launch.parsed(given)
+    text = launch.PROJECT.read_text("utf-8")
+    write(launch.project(text, launch.ADDRESS).encode(), launch.PROJECT)
 
 
-def greeting() -> list[NotebookNode]:
-    """Run the generated code cell, the same in every notebook, and return what it shows."""
-    notebook = nbformat.v4.new_notebook(cells=launch.cells(""))
-    with kernel(notebook) as client:
-        run_cells(client, notebook.cells)
-    return [output for cell in notebook.cells for output in cell.get("outputs", [])]
-
-
-def with_outputs(path: Path, shown: list[NotebookNode]) -> NotebookNode:
-    """Read what a source makes, with the outputs that its notebook holds, and `shown` for the generated cell."""
-    notebook = expected(path)
-    if is_exercise(path):
-        return notebook
-    outputs = {launch.NAMES[1]: shown}
-    for cell in nbformat.read(made_from(path), as_version=4).cells:
-        outputs.setdefault(cell.id, cell.get("outputs"))
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    for count, cell in enumerate(code, start=1):
-        cell.execution_count, cell.outputs = count, outputs[cell.id]
-        for output in cell.outputs:
-            if output.output_type == "execute_result":
-                output.execution_count = count
-    return notebook
-
-
-def set_address(given: str) -> int:
-    """Set the repository's address, or take it away: in every file or, if anything fails, in none."""
-    files: dict[Path, bytes] = {}
-    old = launch.ADDRESS
-    try:
-        new = launch.parsed(given)
-        if problems := [
-            one for path in sources().values() for one in differences(path)
-        ]:
-            raise SourceError(
-                f"{problems[0]}: make the notebooks first, then set the address."
-            )
-        launch.ADDRESS = new
-        texts = {launch.PROJECT: launch.project, launch.README: launch.readme}
-        for path, written in texts.items():
-            files[path] = written(path.read_text("utf-8")).encode()
-        shown = greeting() if new else []
-        for path in sources().values():
-            files[made_from(path)] = laid_out(with_outputs(path, shown))
-        write_all(files)
-    except (
-        SourceError,
-        launch.AddressError,
-        overview.OverviewError,
-        OSError,
-    ) as error:
-        launch.ADDRESS = old
-        print(f"Nothing was changed. {error}", file=sys.stderr)
-        return 1
-    print(f"The address is now {new or 'none'}: {len(files)} files say so.")
-    return 0
-
-
-def write_all(files: dict[Path, bytes]) -> None:
-    """Write all of these files, or put back what was there."""
-    before = {path: path.read_bytes() for path in files}
-    try:
-        for path, data in files.items():
-            write(data, path)
-    except BaseException:
-        for path, data in before.items():
-            if path.read_bytes() != data:
-                write(data, path)
-        raise
-
-
-def main(names: list[str], act: Callable[[Path], list[str]] = make) -> int:
+def main(names: list[str], act: Callable[[Path], list[str]] = make, address: str | None = None) -> int:
     """Make or check the named notebooks, or all of them; return the exit status."""
     known = sources()
     chosen = [name_of(Path(name)) for name in names] or list(known)
     try:
+        if address is not None:
+            set_address(address)
         if unknown := [name for name in chosen if name not in known]:
-            raise SourceError(
-                f"there is no source {unknown[0]!r}; there are: {', '.join(known) or 'none'}."
-            )
+            raise SourceError(f"there is no source {unknown[0]!r}; there are: {', '.join(known) or 'none'}.")
         problems = [problem for name in chosen for problem in act(known[name])]
         if any(is_exercise(known[name]) for name in chosen):
-            problems += keep_answers(act)
+            problems += keep(kept(), act)
         if not names:
-            problems += keep_readme(act)
-    except (SourceError, overview.OverviewError) as error:
+            problems += keep(readme(), act)
+    except SourceError as error:
         print(error, file=sys.stderr)
         return 1
     made = {made_from(path) for path in known.values()}
@@ -435,28 +319,11 @@ def main(names: list[str], act: Callable[[Path], list[str]] = make) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description="Make the notebooks from their sources."
-    )
-    parser.add_argument(
-        "names", nargs="*", help="such as 01_naive_loop; all of them if none is named"
-    )
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="compare sources, ids and metadata; run nothing",
-    )
-    parser.add_argument(
-        "--with-tests",
-        action="store_true",
-        help="run a lesson with its `test` cells; write nothing",
-    )
-    parser.add_argument(
-        "--address",
-        help="set the repository's address, https://github.com/OWNER/NAME or none",
-    )
+    parser = argparse.ArgumentParser(description="Make the notebooks from their sources.")
+    parser.add_argument("names", nargs="*", help="such as 01_naive_loop; all of them if none is named")
+    parser.add_argument("--check", action="store_true", help="compare sources, ids and metadata; run nothing")
+    parser.add_argument("--with-tests", action="store_true", help="run a lesson with its `test` cells; write nothing")
+    parser.add_argument("--address", help="set the repository's address, https://github.com/OWNER/NAME or none")
     arguments = parser.parse_args()
-    if arguments.address is not None:
-        sys.exit(set_address(arguments.address))
     act = check if arguments.check else test if arguments.with_tests else make
-    sys.exit(main(arguments.names, act))
+    sys.exit(main(arguments.names, act, arguments.address))

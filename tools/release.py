@@ -11,13 +11,7 @@ import re
 
 import nbformat
 from nbformat import NotebookNode
-from nbgrader.preprocessors import (
-    CheckCellMetadata,
-    ClearOutput,
-    ClearSolutions,
-    ComputeChecksums,
-    LockCells,
-)
+from nbgrader.preprocessors import CheckCellMetadata, ClearOutput, ClearSolutions, ComputeChecksums, LockCells
 from traitlets.config import Config
 
 from gradaccum.exercises import ABOUT as ABOUT
@@ -26,9 +20,7 @@ from gradaccum.exercises import find
 from gradaccum.exercises.question import Question
 
 # What stands in the place of an answer; without nbgrader's "YOUR CODE HERE", which the heading says better.
-STUB = Config(
-    {"ClearSolutions": {"code_stub": {"python": "raise NotImplementedError"}}}
-)
+STUB = Config({"ClearSolutions": {"code_stub": {"python": "raise NotImplementedError"}}})
 MARKS = re.compile(r"\n *### (BEGIN|END) SOLUTION")
 LOCKED = {"grade": False, "locked": True, "solution": False}
 
@@ -91,10 +83,7 @@ def answers(notebooks: list[tuple[NotebookNode, NotebookNode]]) -> str:
     for solved, release in notebooks:
         for cell, start in zip(solved.cells, release.cells, strict=True):
             if cell.id.startswith("answer-"):
-                texts = {
-                    "solution": without_marks(cell.source),
-                    "start": start.source.strip(),
-                }
+                texts = {"solution": without_marks(cell.source), "start": start.source.strip()}
                 found[question_of(cell).id] = texts
     return json.dumps(found, indent=1, ensure_ascii=False) + "\n"
 
@@ -106,12 +95,6 @@ def about(notebooks: list[tuple[NotebookNode, NotebookNode]]) -> str:
         lesson = notebook.cells[0].source.splitlines()[0].partition(". ")[2]
         for cell in notebook.cells:
             if cell.id.startswith("exercise-"):
-                difficulty, why = re.findall(
-                    r"\n\ndifficulty (\d)/5 .*\n\n(.+)", cell.source
-                )[0]
-                found[question_of(cell).id] = {
-                    "lesson": lesson,
-                    "difficulty": int(difficulty),
-                    "why": why,
-                }
+                difficulty, why = re.findall(r"\n\ndifficulty (\d)/5 .*\n\n(.+)", cell.source)[0]
+                found[question_of(cell).id] = {"lesson": lesson, "difficulty": int(difficulty), "why": why}
     return json.dumps(found, indent=1, ensure_ascii=False) + "\n"

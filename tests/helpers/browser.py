@@ -1,23 +1,24 @@
 """JupyterLab in Chromium as a learner has it: start both, open a notebook, run it, read it, take its picture.
 
-`python tests/browser.py notebooks/03_normalize.ipynb FOLDER` runs a notebook and leaves two pictures in FOLDER.
+`python tests/helpers/browser.py notebooks/03_normalize.ipynb FOLDER` runs a notebook and leaves two pictures in FOLDER.
 """
 
-import importlib.util
+import os
 import shutil
-import socket
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
 
-import psutil
 from playwright.sync_api import sync_playwright
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = map(str, (ROOT, ROOT / "tools"))
+import set_up  # noqa: E402
+import work  # noqa: E402
+from server import Server, free_port  # noqa: E402
+
+import make  # noqa: E402
+
 OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]  # no sandbox: root has none
 IS_OPEN = """path => {
     const context = window.jupyterapp?.shell.currentWidget?.context;
@@ -50,56 +51,28 @@ def start_chromium(playwright):
     return playwright.chromium.launch(executable_path=found, args=OPTIONS) if found else None
 
 
-def free_port():
-    """A port of this machine that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
+def settle(page):
+    """Let a page do what it has put off: timers without a delay, pictures and fonts, then two frames."""
+    page.evaluate("""async () => {
+        await new Promise(done => setTimeout(done, 0));
+        await Promise.all([document.fonts.ready, ...[...document.images].map(image => image.decode().catch(() => 0))]);
+        await new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)));
+    }""")
 
 
-class Lab:
+class Lab(Server):
     """JupyterLab as `make lab` starts it, but from a copy of the notebooks and without the user's settings."""
 
     def __init__(self, folder):
-        spec = importlib.util.spec_from_file_location("make_for_the_browser", ROOT / "make.py")
-        make = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(make)
-        self.root = folder / "root"
-        make.WORK = self.root / "notebooks"
-        make.RECORD = make.WORK / ".copied.json"
-        make.copy_notebooks()
-        port = free_port()
-        self.address = f"http://127.0.0.1:{port}"
-        options = [*make.lab_options(self.root), "--no-browser", "--LabApp.expose_app_in_browser=True"]
-        options += [f"--ServerApp.port={port}", "--ServerApp.port_retries=0"]
-        env = make.child_environment() | {"JUPYTER_TOKEN": "secret", "OMP_NUM_THREADS": "1"}
+        self.root, port = folder / "root", free_port()
+        work.copy_notebooks(ROOT / "notebooks", self.root / "notebooks")
+        command = [sys.executable, *make.LAB, f"--ServerApp.root_dir={self.root}", f"--ServerApp.port={port}"]
+        command += ["--ServerApp.port_retries=0", "--no-browser", "--LabApp.expose_app_in_browser=True"]
+        env = set_up.child_environment() | {"JUPYTER_TOKEN": "secret", "OMP_NUM_THREADS": "1"}
         env |= {f"JUPYTER_{name}_DIR": str(folder / name) for name in ("CONFIG", "DATA", "RUNTIME")}
-        env |= {"IPYTHONDIR": str(folder / "ipython")}
+        env |= {"IPYTHONDIR": str(folder / "ipython"), "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
         env.pop("TQDM_DISABLE", None)  # the tests have none of the bars that a learner sees; here they are wanted
-        self.log = folder / "lab.log"
-        with self.log.open("wb") as out:
-            command = [sys.executable, "-m", "jupyterlab", *options]
-            self.process = psutil.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                urlopen(f"{self.address}/api").close()
-                break
-            except URLError:
-                time.sleep(0.2)
-            assert self.process.poll() is None, self.log.read_text("utf-8")
-            assert time.monotonic() < deadline, self.log.read_text("utf-8")
-
-    def stop(self):
-        """Stop it as `make lab` is stopped; return the processes that it had and those of them that are left."""
-        if self.process.poll() is not None:
-            return [], []
-        family = self.process.children(recursive=True)
-        self.process.terminate()
-        self.process.wait(30)
-        _, left = psutil.wait_procs(family, timeout=10)
-        for process in left:
-            process.kill()
-        return family, left
+        super().__init__(command, folder / "lab.log", port, env=env)
 
 
 class Notebook:
@@ -114,7 +87,7 @@ class Notebook:
             self.page.on(kind, lambda asked: self.requests.append(asked.url))
         self.page.set_default_timeout(10_000)
         self.resize(1000, 900)
-        self.page.goto(f"{address}/lab/tree/{path}?token=secret&reset")  # without the tabs of the page before
+        self.page.goto(f"{address}lab/tree/{path}?token=secret&reset")  # without the tabs of the page before
         self.page.wait_for_function(IS_OPEN, arg=path, timeout=60_000)
         self.page.evaluate(f"() => {{{HELPERS}}}")
         # A kernel that is called idle is not ready: what is run at once would be lost.
@@ -127,7 +100,7 @@ class Notebook:
         }""")
         # JupyterLab draws no cell that is far from the screen; here all are to be seen.
         self.page.add_style_tag(content=".jp-Cell { content-visibility: visible !important; contain: none !important }")
-        self.page.wait_for_timeout(1000)  # for whatever would pop up
+        settle(self.page)
 
     def code_cells(self):
         """The code cells as the notebook's file would have them, by id."""
@@ -202,7 +175,7 @@ class Notebook:
         self.do("apputils:change-theme", theme=theme)
         self.page.wait_for_selector(f"body[data-jp-theme-name='{theme}']", state="attached")
         self.resize(width, 900)
-        self.page.wait_for_timeout(500)
+        settle(self.page)
         height = self.page.evaluate("""() => {
             const [first, last] = [nb.widgets[0], nb.widgets.at(-1)].map(each => each.node.getBoundingClientRect());
             return Math.ceil(last.bottom - first.top);
@@ -211,7 +184,7 @@ class Notebook:
         file.parent.mkdir(parents=True, exist_ok=True)
         for part, top in (("", 0), ("_end", height - 15_000))[: 1 + (height + 200 > 16_000)]:
             self.page.evaluate("top => document.querySelector('.jp-WindowedPanel-outer').scrollTop = top", top)
-            self.page.wait_for_timeout(300)
+            settle(self.page)
             self.page.screenshot(path=file.with_stem(file.stem + part))
 
     def close(self):

@@ -1,6 +1,6 @@
 """Make the sheet of faults: each wrong line is run under `audit`, and what the weights show is written beside it.
 
-python notebooks/source/faults.py
+python tools/faults.py
 """
 
 import warnings
@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from gradaccum import audit, windows
 
-PAGE = Path(__file__).resolve().parents[1] / "FAULTS.md"
+PAGE = Path(__file__).resolve().parents[1] / "notebooks" / "FAULTS.md"
 K = 4
 SIZES = [3, 3, 3, 3, 2, 6, 1, 3, 3, 3]  # equal, unequal, and two left over
 TUTORIAL = """
@@ -69,21 +69,8 @@ PER_WINDOW = "for window in windows(loader, k):"
 FAULTS = [
     Fault("the leftover waits", TUTORIAL, IF, IF, PER_WINDOW, 2),
     Fault("off by one", TUTORIAL, IF, "if step % k == 0:", PER_WINDOW),
-    Fault(
-        "the last window over k",
-        TUTORIAL,
-        IF,
-        "if (step + 1) % k == 0 or step + 1 == len(loader):",
-        SUM,
-        2,
-    ),
-    Fault(
-        "cleared in the window",
-        TUTORIAL,
-        "loss.backward()",
-        "optimizer.zero_grad(); loss.backward()",
-        CLEAR,
-    ),
+    Fault("the last window over k", TUTORIAL, IF, "if (step + 1) % k == 0 or step + 1 == len(loader):", SUM, 2),
+    Fault("cleared in the window", TUTORIAL, "loss.backward()", "optimizer.zero_grad(); loss.backward()", CLEAR),
     Fault(
         "clipped in the window",
         BY_WINDOW,
@@ -107,20 +94,8 @@ FAULTS = [
         "logged.append(window_loss)",
         note="logged",
     ),
-    Fault(
-        "no division",
-        TUTORIAL,
-        MEAN,
-        "loss = cross_entropy(model(inputs), targets)",
-        SUM,
-    ),
-    Fault(
-        "sums, not divided",
-        BY_WINDOW,
-        SUM,
-        'loss = cross_entropy(model(inputs), targets, reduction="sum")',
-        SUM,
-    ),
+    Fault("no division", TUTORIAL, MEAN, "loss = cross_entropy(model(inputs), targets)", SUM),
+    Fault("sums, not divided", BY_WINDOW, SUM, 'loss = cross_entropy(model(inputs), targets, reduction="sum")', SUM),
     Fault("a mean of means", TUTORIAL, MEAN, MEAN, SUM, 1),
     Fault(
         "counted before the shift",
@@ -130,13 +105,7 @@ FAULTS = [
         "count what the sum runs over",
     ),
     Fault("never cleared", BY_WINDOW, CLEAR, "pass", CLEAR, 1),
-    Fault(
-        "the scale is left in",
-        BY_WINDOW,
-        SUM,
-        SUM + " * 1024",
-        "scaler.unscale_(optimizer), then clip and step",
-    ),
+    Fault("the scale is left in", BY_WINDOW, SUM, SUM + " * 1024", "scaler.unscale_(optimizer), then clip and step"),
     Fault(
         "a penalty each time",
         BY_WINDOW,
@@ -151,18 +120,10 @@ FAULTS = [
 def run(fault):
     """Return the updates of two epochs of the loop with its wrong line, the rates and what was logged."""
     epochs = []
-    for seed in range(
-        2
-    ):  # another one's micro-batches are others: twins could not be told apart
+    for seed in range(2):  # another one's micro-batches are others: twins could not be told apart
         generator = torch.Generator().manual_seed(seed)
         epochs.append(
-            [
-                (
-                    torch.randn(n, 6, generator=generator),
-                    torch.randint(3, (n,), generator=generator),
-                )
-                for n in SIZES
-            ]
+            [(torch.randn(n, 6, generator=generator), torch.randint(3, (n,), generator=generator)) for n in SIZES]
         )
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
@@ -188,13 +149,9 @@ def run(fault):
     code = fault.loop.replace(fault.line, fault.wrong)
     with (
         warnings.catch_warnings(),
-        audit(
-            model, optimizer, total, lambda batch: len(batch[1]), accumulation_steps=K
-        ) as seen,
+        audit(model, optimizer, total, lambda batch: len(batch[1]), accumulation_steps=K) as seen,
     ):
-        warnings.filterwarnings(
-            "ignore", "Detected call of"
-        )  # torch warns of one of the faults
+        warnings.filterwarnings("ignore", "Detected call of")  # torch warns of one of the faults
         for epoch in epochs:
             exec(code, names | {"loader": seen(epoch)})
             rates.append(optimizer.param_groups[0]["lr"])
@@ -208,15 +165,10 @@ def shown(values):
 
 def row(fault):
     """Return the table row of a fault."""
-    (updates, rates, logged), (_, right_rates, right) = (
-        run(fault),
-        run(fault._replace(wrong=fault.line)),
-    )
+    (updates, rates, logged), (_, right_rates, right) = (run(fault), run(fault._replace(wrong=fault.line)))
     update = updates[fault.update]
     weights = f"{shown(update.weights)} for {shown(update.right)}"
-    weights = {"right": shown(update.weights), "no weighted sum": "of no use"}.get(
-        update.kind, weights
-    )
+    weights = {"right": shown(update.weights), "no weighted sum": "of no use"}.get(update.kind, weights)
     number = f"{100 * update.error:.0f} % off"
     if fault.note == "rate":
         number = f"rate {rates[1]:.1g} after an epoch, not {right_rates[1]:.1g}"
@@ -229,9 +181,12 @@ def page():
     """Return the page as text."""
     head = f"""# Fourteen faults of an accumulation loop, by their weights
 
-Each wrong line was put into one of two loops with k = {K} and run under `gradaccum.audit`: micro-batches of {SIZES} items.
-A weight is the factor that a micro-batch's own mean gradient got; after *for* is what it should have got, 0 for one of another window.
-Made by `python notebooks/source/faults.py` and held by a test. [Lesson 4](04_windows.ipynb) and [lesson 5](05_unequal_micro_batches.ipynb) say why.
+Each wrong line was put into one of two loops with k = {K} and run under `gradaccum.audit`: micro-batches of \
+{SIZES} items.
+A weight is the factor that a micro-batch's own mean gradient got; after *for* is what it should have got, 0 for one \
+of another window.
+Made by `python tools/faults.py` and held by a test. [Lesson 4](04_windows.ipynb) and \
+[lesson 5](05_unequal_micro_batches.ipynb) say why.
 
 | fault | wrong line | weights | the audit says | number | right |
 |---|---|---|---|---|---|
