@@ -80,6 +80,8 @@ def lab(port: int | None, browser: bool, cuda: bool) -> int:
     has_screen = sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if not (browser and has_screen):
         options += ["--no-browser"]
+    if "JUPYTER_TOKEN" not in os.environ:  # with one, JupyterLab says its address in these lines and nowhere else
+        options += ["--Application.log_level=ERROR"]
     set_up.set_up("lessons", cuda)
     if failed := run_bare("work", []):
         return failed

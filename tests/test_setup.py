@@ -402,6 +402,21 @@ def test_the_environment_fits_pyproject(make):
     assert not re.search(r"/|@|--|nvidia-|cuda-", constraints)
 
 
+@pytest.mark.parametrize("token", [None, "secret"])
+def test_lab_prints_its_address_alone(make, monkeypatch, token):
+    calls = []
+    monkeypatch.setattr(make, "become", calls.append)
+    monkeypatch.setattr(make, "run_bare", lambda *_: 0)
+    monkeypatch.setattr(make.set_up, "set_up", lambda *_: None)
+    monkeypatch.setattr(make.set_up, "lock_id", lambda: None)
+    monkeypatch.delenv("JUPYTER_TOKEN", raising=False)
+    if token:
+        monkeypatch.setenv("JUPYTER_TOKEN", token)
+    make.lab(None, browser=False, cuda=False)
+    # JupyterLab tells an address without a token of its own in the lines that this leaves out.
+    assert ("--Application.log_level=ERROR" in calls[0]) == (token is None)
+
+
 @contextmanager
 def lab(python, folder, log, seconds, end):
     """Run `make.py lab`, which must answer within `seconds`; stop it by the signal `end`."""
