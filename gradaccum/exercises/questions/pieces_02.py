@@ -55,7 +55,7 @@ FACTORS = [  # name, sentence, what the sum over a piece is multiplied by
     ),
     (
         "sum_over_pieces",
-        "The summed losses are divided by the number of pieces; a sum needs no factor, however it is cut.",
+        "The summed losses are divided by the number of pieces; a sum needs no factor, whatever its pieces.",
         lambda at: 1 / at.pieces,
     ),
     (
@@ -65,7 +65,7 @@ FACTORS = [  # name, sentence, what the sum over a piece is multiplied by
     ),
     (
         "sum_over_most_rows",
-        "The summed losses are divided by most_rows; a sum needs no factor, however it is cut.",
+        "The summed losses are divided by most_rows; a sum needs no factor, whatever its pieces.",
         lambda at: 1 / at.most,
     ),
     (

@@ -208,7 +208,7 @@ check("2.3", delayed_step)
 # </details>
 # <details><summary>The relation in words</summary>
 #
-# A sum over all rows is the sum over some of them plus the sum over the others, however they are cut.
+# A sum over all rows is the sum over some of them plus the sum over the others, wherever the border is.
 # So no piece needs a factor.
 #
 # </details>
