@@ -609,7 +609,7 @@ def test_an_exercise_is_done_as_a_learner_does_it(chromium, lab):
     keyboard.press("Enter")
     keyboard.type('exercises.solution("3.1")')
     run("the new cell")
-    expect(notebook.page.get_by_text("/ len(micro_batches)")).to_be_visible()
+    expect(notebook.page.get_by_text("parameter.grad /= k")).to_be_visible()
     assert notebook.errors == []
     notebook.close()
 

@@ -75,6 +75,29 @@ def test_every_question_has_cells_points_and_id(lesson):
 
 
 @each_lesson
+def test_a_task_has_five_bullets_and_a_fine_print(lesson):
+    for text in cells(handed_out(lesson), "exercise"):
+        task, *folded = text.source.split("<details>")
+        assert len(re.findall(r"^[-*+] |^\d+[.)] ", text.source, re.M)) <= 5, text.id
+        assert [each.partition("\n")[0] for each in folded] in ([], ["<summary>The fine print</summary>"]), text.id
+        assert task.count("\n\n- ") == 1 or text.id == "exercise-5-6", f"{text.id}: one list, above the fine print"
+
+
+@each_lesson
+def test_an_exercise_s_minutes_are_enough(lesson):
+    """At 200 words and two lines of code a minute, half of them are left to think."""
+    notebook = solved(lesson)
+    for text in cells(notebook, "exercise"):
+        number = text.id.partition("-")[2]
+        own = {cell.id.partition("-")[0]: cell.source for cell in notebook.cells if cell.id.endswith(f"-{number}")}
+        code = ast.parse(own["answer"]).body[-1].body[1:]  # below the docstring
+        lines = code[-1].end_lineno - code[0].lineno + 1
+        words = sum(len(own.get(role, "").split()) for role in ("exercise", "losses", "try"))
+        minutes = int(re.search(r"\| (\d+) minutes \|", text.source)[1])
+        assert minutes >= 2 * (words / 200 + lines / 2), text.id
+
+
+@each_lesson
 def test_no_answer_leaks(lesson):
     notebook = handed_out(lesson)
     text = nbformat.writes(notebook)
@@ -101,7 +124,7 @@ def test_a_leak_would_be_noticed():
     text = "\n".join(cell.source for cell in release.released(copy.deepcopy(notebook)).cells)
     assert "SOLUTION" in "\n".join(cell.source for cell in notebook.cells)
     assert "SOLUTION" not in text
-    assert "loss = cross_entropy(model(inputs), targets) / len(micro_batches)" not in text
+    assert "parameter.grad /= k" not in text
 
 
 def scores(notebook):

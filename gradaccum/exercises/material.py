@@ -182,6 +182,14 @@ def run_of_windows(case: dict[str, Any]) -> tuple[nn.Module, torch.optim.Optimiz
     return model, torch.optim.SGD(model.parameters(), lr=case["learning_rate"]), windows
 
 
+def run_of_batches(case: dict[str, Any]) -> tuple[nn.Module, torch.optim.Optimizer, list[Batch]]:
+    """Make a case's model, its SGD and its batches, of so many rows each."""
+    model, rows = classifier(case["seed"]), case["rows"]
+    batches = samples(rows if isinstance(rows, list) else [rows], case["seed"])
+    batches += batches[:-1]  # as in a second epoch: an answer may not spoil its data
+    return model, torch.optim.SGD(model.parameters(), lr=case["learning_rate"]), batches
+
+
 # lesson 4
 
 

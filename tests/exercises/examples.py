@@ -118,18 +118,25 @@ def example_2_2(solved, given):
 
 def example_2_3(solved, given):
     model = OneWeight(solved)
-    optimizer = model.sgd()
-    solved["delayed_step"](model, optimizer, flat(2.0, 4.0, 1.0))
-    yield f"that is by {model.moved:.1f}."
-    before = model.moved
-    solved["delayed_step"](model, optimizer, flat(2.0, 4.0, 1.0))
-    yield f"the weight moves by {model.moved - before:.1f} again"
+    step, rows = (model, model.sgd()), (torch.tensor([2.0, 4.0, 1.0, 3.0, 5.0]), torch.zeros(5))
+    solved["delayed_step"](*step, *rows, 2)
+    yield f"the sum is {model.updates[0]:.0f}."
+    yield f"the weight moves by {model.moved:.1f}."
+    for most_rows in (1, 3, 4, 5, 6, 2):
+        before = model.moved
+        solved["delayed_step"](*step, *rows, most_rows)
+        again = f"by {model.moved - before:.1f}"
+        yield f"It moves {again} with any other `most_rows` too, and if the next call gets the same rows, {again} again"
 
 
 def example_3_1(solved, given):
-    model = OneWeight(solved)
-    solved["accumulate_window"](model, flat(2.0, 4.0))
-    yield f"`.grad` ends as {model.weight.grad:.0f}."
+    for gradients, said in (
+        ((2.0, 4.0, 9.0), "and 9, `.grad` ends as {:.0f}."),
+        ((2.0, 4.0, 9.0, 1.0), "of 1, `.grad` ends as {:.0f}:"),
+    ):
+        model = OneWeight(solved)
+        solved["accumulate_window"](model, iter(flat(*gradients)))
+        yield said.format(model.weight.grad)
 
 
 def example_4_2(solved, given):

@@ -786,7 +786,7 @@ def test_the_scorecard_says_what_is_next(monkeypatch):
     monkeypatch.setattr(exercises, "_scores", {})
     monkeypatch.setattr(exercises.progress, "_session", {})
     assert repr(scorecard(3)).startswith("0 of 11 points\n")
-    assert "Next: 3.1, One normalized window: run its check." in repr(scorecard(3))
+    assert "Next: 3.1, A window without a length: run its check." in repr(scorecard(3))
     check("3.1", stub)
     assert "Not there yet: equal micro-batches" in scorecard(3).next_step()
     check("3.2", lambda reduction, sizes: len(sizes) if reduction == "mean" else sum(sizes))

@@ -19,17 +19,24 @@ def shaped(*shapes):
     return cases
 
 
-def moved_by_sums(case):
-    """Move the weights by hand: the learning rate times the gradient of the sum of a window's losses."""
-    model, _, windows = material.run_of_windows(case)
+def moved_by_hand(model, batches, loss, case):
+    """Move the weights by the learning rate times the gradient of each batch's loss."""
     before, parameters = material.weights(model), list(model.parameters())
-    for window in windows:
-        loss = sum(cross_entropy(model(inputs), targets) for inputs, targets in window)
-        gradients = torch.autograd.grad(loss, parameters)
+    for batch in batches:
+        gradients = torch.autograd.grad(loss(model, batch), parameters)
         with torch.no_grad():
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter -= case["learning_rate"] * gradient
     return material.moved(model, before)
+
+
+def sum_of_means(model, window):
+    return sum(cross_entropy(model(inputs), targets) for inputs, targets in window)
+
+
+def moved_by_sums(case):
+    model, _, windows = material.run_of_windows(case)
+    return moved_by_hand(model, windows, sum_of_means, case)
 
 
 def parts(case, got):

@@ -1,4 +1,4 @@
-"""3.1: fill .grad from one window of equal micro-batches, as the large batch would."""
+"""3.1: fill .grad from a window of equal micro-batches that has no length, as the large batch would."""
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -6,16 +6,17 @@ from torch.nn.functional import cross_entropy
 from gradaccum.exercises import material
 from gradaccum.exercises.question import Property, Question, mistake
 from gradaccum.exercises.questions import lesson_03
+from gradaccum.exercises.questions.fills_03 import FILLS, READ_TWICE, divide, made
 from gradaccum.exercises.weighing import Gradient, own_gradients
 
 
 def gradients_of_two_calls(answer, case):
     model, window = material.classifier(case["seed"]), material.samples(case["sizes"], case["seed"], case["scale"])
     before = material.weights(model)
-    answer(model, window)
+    answer(model, material.stream(window, case["source"]))
     found = {"gradient": material.gradient(model), "weights changed": material.weights(model) != before}
     model.zero_grad()
-    answer(model, window)  # as in a second epoch: an answer may not spoil its data or the model
+    answer(model, material.stream(window, case["source"]))  # as in a second epoch: an answer may not spoil its data
     return found | {"gradient of a second call": material.gradient(model)}
 
 
@@ -43,31 +44,71 @@ def equal_windows(draw):
     shapes = [(2, 3), (5, 1), (3, 4), (4, 2), (8, 64), (1, 5)]  # k and the size: no single number serves them all
     scales = [1, 1, 1, 30, 1, 30]  # some gradients are longer than 1, so that clipping shows
     return [
-        {"sizes": [size] * k, "scale": scale, "seed": draw.randrange(10**6)}
+        {
+            "sizes": [size] * k,
+            "scale": scale,
+            "source": "list" if k == 3 else "generator",
+            "seed": draw.randrange(10**6),
+        }
         for (k, size), scale in zip(shapes, scales, strict=True)
     ]
 
 
+def still_there(answer, case):
+    """Count the earlier micro-batches that are still there, each time that the stream is asked for one more."""
+    import weakref
+
+    made, counted = [], [0]
+
+    def fresh(inputs, targets):  # nothing here refers to it
+        made.append(weakref.ref(own := inputs.clone()))
+        return own, targets
+
+    def stream():
+        for each in material.samples(case["sizes"], case["seed"]):
+            counted.append(sum(one() is not None for one in made))
+            yield fresh(*each)
+        counted.append(sum(one() is not None for one in made))
+
+    answer(material.classifier(case["seed"]), stream())
+    return max(counted)
+
+
 def window_peak(answer, case):
     model, window = material.classifier(case["seed"]), material.samples(case["sizes"], case["seed"])
-    return material.peak_beyond_start(lambda: answer(model, window), model, window)
+    return material.peak_beyond_start(lambda: answer(model, material.stream(window, "generator")), model, window)
 
 
 def one_at_a_time(case):
     """Twice what the plain loop holds beyond its start: the full batch's graph holds many times as much."""
-    return 2 * window_peak(lesson_03.divided, case)
+    return 2 * window_peak(lesson_03.not_divided, case)
+
+
+def generated(k, size):
+    return lambda draw: [{"sizes": [size] * k, "source": "generator", "seed": draw.randrange(10**6)}]
 
 
 EQUAL = "equal micro-batches give the gradient of the one large batch"
-TRIED = "micro-batches of {sizes} samples"
+TRIED = "a {source} of micro-batches of {sizes} samples"
 QUESTION = Question(
-    "One normalized window",
+    "A window without a length",
     (
-        Property(EQUAL, 3, equal_windows, gradients_of_two_calls, large_batch_gradient, TRIED, parts=parts),
+        Property(EQUAL, 2, equal_windows, gradients_of_two_calls, large_batch_gradient, TRIED, parts=parts),
+        Property(
+            "at most two earlier micro-batches are still there when the next is read",
+            1,
+            generated(7, 3),
+            still_there,
+            lambda case: 2,
+            TRIED,
+            judge=material.at_most("micro-batches still there"),
+            after=EQUAL,
+            by_value=False,
+        ),
         Property(
             "one micro-batch's activations are held at a time",
             1,
-            lambda draw: [{"sizes": [64] * 8, "seed": draw.randrange(10**6)}],
+            generated(8, 64),
             window_peak,
             one_at_a_time,
             TRIED,
@@ -78,93 +119,86 @@ QUESTION = Question(
     ),
 )
 
-not_divided = mistake(
-    "Each micro-batch contributed its whole mean, so the gradient is k times too large; divide each loss by k, the "
-    "number of micro-batches."
-)(lesson_03.not_divided)
-
-divided_by_samples = mistake(
-    "The mean over a micro-batch is divided by its number of samples once more; the mean has done that already, and "
-    "what is left to divide by is the number of micro-batches."
-)(lesson_03.divided_by_samples)
+len_asked = mistake(
+    "A generator has no length, and only the last micro-batch tells how many there were: count them as they come, and "
+    "divide each .grad in the end."
+)(lesson_03.divided)
 
 
 @mistake(
-    "Each mean is divided by all the samples of the window, or by k and by its own samples, which is the same number; "
-    "that is right for a sum, and a mean needs only k."
+    "A generator gives one micro-batch after the other, and cannot be indexed; take them in a for loop, as they come."
 )
-def divided_by_all_samples(model, micro_batches):
-    total = sum(len(targets) for _, targets in micro_batches)
-    for inputs, targets in micro_batches:
-        (cross_entropy(model(inputs), targets) / total).backward()
+def indexed(model, micro_batches):
+    cross_entropy(model(micro_batches[0][0]), micro_batches[0][1]).backward()
 
 
-sum_divided_by_steps = mistake(
-    "The summed loss is divided by the number of micro-batches; a sum needs the number of all samples."
-)(lesson_03.sum_divided_by_steps)
-
-
-@mistake("The divisor is always 4; it has to be the number of micro-batches in this window.")
-def divided_by_four(model, micro_batches):
-    for inputs, targets in micro_batches:
-        (cross_entropy(model(inputs), targets) / 4).backward()
-
-
-@mistake(
-    "Each loss is divided by the micro-batches so far, i + 1, and only the last of these is k; divide by the number of "
-    "micro-batches in the window."
+TWICE = mistake(
+    "The micro-batches are read twice, to count them and to use them, and from a generator nothing comes the second "
+    "time; count them in the loop that uses them, and divide in the end."
 )
-def divided_by_those_so_far(model, micro_batches):
-    for i, (inputs, targets) in enumerate(micro_batches):
-        (cross_entropy(model(inputs), targets) / (i + 1)).backward()
+twice = {f"read_twice_{number}".removesuffix("_1"): TWICE(each) for number, each in enumerate(READ_TWICE, start=1)}
+fills = {name: mistake(sentence)(made(**options)) for name, sentence, options in FILLS}
 
 
-cleared_inside = mistake(
-    "Only the last micro-batch is left: the gradients are cleared or overwritten inside the loop, or backward is "
-    "called for the last one alone; call it for each, and leave .grad alone in between."
-)(lesson_03.cleared_inside)
-
-
-@mistake("The collected gradient is divided after each backward, so the first micro-batches are divided many times.")
-def divided_again_and_again(model, micro_batches):
-    for inputs, targets in micro_batches:
+@mistake("A list is no iterator, which next() takes: iter(micro_batches) makes one of it, and takes a generator too.")
+def next_of_a_list(model, micro_batches):
+    first, k = next(micro_batches), 1
+    cross_entropy(model(first[0]), first[1]).backward()
+    for k, (inputs, targets) in enumerate(micro_batches, start=2):  # noqa: B007
         cross_entropy(model(inputs), targets).backward()
+    divide(model, k)
+
+
+@mistake("The last micro-batch is never used: it was read ahead, and the stream ended before its turn came.")
+def last_forgotten(model, micro_batches):
+    micro_batches, k = iter(micro_batches), 0
+    inputs, targets = next(micro_batches)
+    for following in micro_batches:
+        cross_entropy(model(inputs), targets).backward()
+        (inputs, targets), k = following, k + 1
+    divide(model, k)
+
+
+@mistake("The weights are divided, and the gradient is not; divide parameter.grad, and leave the parameter as it is.")
+def weights_divided(model, micro_batches):
+    losses = [cross_entropy(model(inputs), targets).backward() for inputs, targets in micro_batches]
+    with torch.no_grad():
         for parameter in model.parameters():
-            parameter.grad /= len(micro_batches)
-
-
-def with_a_running_total(divisor):
-    def fill(model, micro_batches):
-        total = 0.0
-        for inputs, targets in micro_batches:
-            total = total + cross_entropy(model(inputs), targets) / divisor(micro_batches)
-            total.backward(retain_graph=True)
-
-    return fill
-
-
-running_total = mistake(
-    "backward() starts from a running total, so the first micro-batches are added again with each later one; call it "
-    "on this micro-batch's own loss."
-)(with_a_running_total(len))
-running_total_undivided = mistake(
-    f"{running_total.sentence} And one more: the losses are not divided by k, the number of micro-batches."
-)(with_a_running_total(lambda micro_batches: 1))
+            parameter /= len(losses)
 
 
 @mistake("The weights were changed; this function only fills .grad, and the step is for the caller.")
 def stepped(model, micro_batches):
-    lesson_03.divided(model, micro_batches)
+    made()(model, micro_batches)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter -= 0.1 * parameter.grad
 
 
 @mistake(
-    "More than one micro-batch's activations are held at a time: by one backward at the end, by joining the "
-    "micro-batches, by retain_graph=True, or by a list of losses or outputs that have their graphs; call backward for "
-    "each micro-batch and keep nothing of it."
+    "The micro-batches are collected, as by list(...) or sorted into a dict, so all of them are there at once; use "
+    "each when it comes, and keep nothing of it."
+)
+def listed(model, micro_batches):
+    lesson_03.divided(model, list(micro_batches))
+
+
+@mistake(
+    "All micro-batches are held with their activations: by one backward at the end, by joining the micro-batches, by "
+    "retain_graph=True, or by lists of them and of losses or outputs; call backward for each and keep nothing of it."
 )
 def one_backward(model, micro_batches):
     losses = [cross_entropy(model(inputs), targets) for inputs, targets in micro_batches]
     (sum(losses) / len(losses)).backward()
+
+
+@mistake(
+    "More than one micro-batch's activations are held at a time, as by a list of outputs; call backward for each "
+    "micro-batch and keep nothing of it."
+)
+def outputs_kept(model, micro_batches):
+    outputs = []
+    for inputs, targets in micro_batches:
+        outputs.append(model(inputs))
+        cross_entropy(outputs[-1], targets).backward()
+    divide(model, len(outputs))

@@ -27,9 +27,16 @@ from gradaccum.exercises import attempt, check
 # - `model` takes tokens of shape `(rows, length)` to logits of shape `(rows, length, V)`, a score for each of V tokens.
 # - `inputs` and `targets` hold tokens, both of shape `(rows, length)`. There may be one row, or one token.
 # - The loss is the mean of `cross_entropy` over all the tokens.
-# - `optimizer` holds the model's parameters. Any optimizer may come, so let it move the weights.
-# - Before the first call `.grad` is empty. The function is called many times, with one batch after the other; each call updates by the gradient of its own batch alone. In the next epoch the batches come again, so leave them as they are. Whether you clear first or last is up to you: both pass.
-# - A loss tensor that you return holds its **graph**: all that the forward pass kept for the backward pass. A Python float, such as `2.5`, holds nothing.
+# - Any optimizer over the model's parameters may come, so let it move the weights.
+# - The function is called many times, and each call updates by the gradient of its own batch alone.
+#
+# <details><summary>The fine print</summary>
+#
+# Before the first call `.grad` is empty; whether you clear first or last is up to you.
+# In the next epoch the batches come again, so leave them as they are.
+# A loss tensor that you return holds its **graph**: all that the forward pass kept for the backward pass. A Python float, such as `2.5`, holds nothing.
+#
+# </details>
 #
 # **Example.** A model that gives all of 1000 tokens the same score has the loss log 1000 = 6.908.
 # With a useful step, a second call on the same batch returns less than the first.

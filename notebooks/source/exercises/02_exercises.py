@@ -1,13 +1,13 @@
 # %% promise [markdown]
 # # Exercises 2. Accumulate
 #
-# You predict what `.grad` holds, repair a loop that loses most of its gradients, and write the delayed step.
+# You predict what `.grad` holds, repair a loop that loses most of its gradients, and cut a batch that does not fit.
 #
 # {{totals}}; [lesson 2](../02_accumulate.ipynb) has all that they need.
 # Fill in a cell that ends in `raise NotImplementedError`, or repair the code that a cell holds; run it, and run its check.
 # A check tells you what it tried, and what went wrong; run it as often as you like.
 #
-# As in lesson 2, nothing is divided here: an update uses the *sum* of its window's gradients.
+# As in lesson 2, nothing is divided here: an update uses the *sum* of its micro-batches' gradients.
 
 # %% setup
 import torch
@@ -20,7 +20,7 @@ from gradaccum.exercises import attempt, check
 # %% exercise-2-1 [markdown]
 # ## Exercise 2.1 What .grad holds
 #
-# difficulty 1/5 | 5 minutes | 2 points
+# difficulty 1/5 | 10 minutes | 2 points
 #
 # All that follows in this course rests on what `backward()` does to `.grad`.
 #
@@ -81,9 +81,17 @@ check("2.1", held)
 # After every `accumulation_steps` micro-batches it makes one update, by the sum of the gradients of these micro-batches and of no others.
 # It returns nothing.
 #
-# - `model` takes inputs of shape `(n, 3)` to logits of shape `(n, 3)`, and `optimizer` is plain SGD over its parameters. All gradients are empty when you get them.
-# - `micro_batches` is a list of pairs: inputs of shape `(n, 3)`, and targets of shape `(n,)`, as `cross_entropy` takes them. All have the same n, and their number is a multiple of `accumulation_steps`. The same ones may come again later, so leave them as they are.
-# - `accumulation_steps` is an int, 1 or more. With 1, every micro-batch makes its own update; the code as it is does that already.
+# - `model` takes inputs of shape `(n, 3)` to logits of shape `(n, 3)`, and `optimizer` is plain SGD over its parameters.
+# - `micro_batches` is a list of pairs: inputs of shape `(n, 3)`, and targets of shape `(n,)`, all with the same n.
+# - `accumulation_steps` is an int, 1 or more; the number of micro-batches is a multiple of it.
+# - With `accumulation_steps=1` every micro-batch makes its own update; the code as it is does that already.
+#
+# <details><summary>The fine print</summary>
+#
+# All gradients are empty when you get them.
+# The same micro-batches may come again later, so leave them as they are.
+#
+# </details>
 #
 # **Example.** Say that four micro-batches have the gradients 2, 4, 1 and 3, wherever the one weight stands.
 # With a learning rate of 0.1 and `accumulation_steps=2`, the weight has to move by -0.1 * (2 + 4), then by -0.1 * (1 + 3): by -1.0 in all.
@@ -134,31 +142,43 @@ check("2.2", train)
 # </details>
 
 # %% exercise-2-3 [markdown]
-# ## Exercise 2.3 The delayed step
+# ## Exercise 2.3 A batch that does not fit
 #
-# difficulty 2/5 | 15 minutes | 3 points
+# difficulty 3/5 | 20 minutes | 3 points
 #
-# Here you write the whole update of one window, at the memory of one micro-batch.
+# A batch often comes in one piece, too large for the memory: then the cutting is up to you.
 #
-# Write `delayed_step(model, optimizer, micro_batches)`.
-# It makes exactly one update, by the sum of the gradients of all its micro-batches, and returns nothing.
+# Write `delayed_step(model, optimizer, inputs, targets, most_rows)`.
+# It makes exactly one update, by the gradient of the *summed* loss of all rows: that of `cross_entropy(model(inputs), targets, reduction="sum")`.
+# But no more than `most_rows` rows go through the model at once.
 #
-# - `model` takes inputs of shape `(n, 3)` to logits of shape `(n, 3)`, and `optimizer` is plain SGD over its parameters.
-# - `micro_batches` is one window: a list of at least one pair of inputs of shape `(n, 3)` and targets of shape `(n,)`. All have the same n. Each one's loss is the mean that `cross_entropy` gives. The same window may come again later, so leave it as it is.
-# - Your function is called again and again, each time with the next window. All gradients are empty at the first call; what a call leaves in them must not change the next update.
-# - Hold one micro-batch's activations at a time.
+# - `model` takes inputs of shape `(n, 3)` to logits of shape `(n, 3)`, each row by itself; `optimizer` is plain SGD.
+# - `inputs` has the shape `(rows, 3)`, and `targets` `(rows,)`. There is at least one row.
+# - `most_rows` is an int, 1 or more. It need not divide `rows`, and may be larger.
+# - Hold the activations of one piece at a time: of `most_rows` rows, or fewer.
+# - Your function is called again and again, each time with another batch; what a call leaves in `.grad` must not change the next update.
 #
-# **Example.** A window has three micro-batches with the gradients 2, 4 and 1, wherever the one weight stands.
-# With a learning rate of 0.1, the weight moves by -0.1 * (2 + 4 + 1), that is by -0.7.
-# If the next call gets the same window, the weight moves by -0.7 again.
+# <details><summary>The fine print</summary>
+#
+# All gradients are empty at the first call.
+# The same batch may come again later, so leave `inputs` and `targets` as they are, and make no copy of all rows.
+# The function returns nothing.
+#
+# </details>
+#
+# **Example.** Five rows have losses with the gradients 2, 4, 1, 3 and 5, wherever the one weight stands.
+# With `most_rows=2` they are three pieces, the last one shorter, and the sum is 15.
+# With a learning rate of 0.1, the weight moves by -1.5.
+# It moves by -1.5 with any other `most_rows` too, and if the next call gets the same rows, by -1.5 again.
 
 
 # %% answer-2-3
-def delayed_step(model, optimizer, micro_batches):
-    """Make one update by the sum of the gradients of all micro-batches."""
+def delayed_step(model, optimizer, inputs, targets, most_rows):
+    """Make one update by the summed loss of all rows, at most most_rows at once."""
     ### BEGIN SOLUTION
-    for inputs, targets in micro_batches:
-        loss = cross_entropy(model(inputs), targets)
+    for start in range(0, len(inputs), most_rows):
+        rows = slice(start, start + most_rows)
+        loss = cross_entropy(model(inputs[rows]), targets[rows], reduction="sum")
         loss.backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -169,11 +189,11 @@ def delayed_step(model, optimizer, micro_batches):
 torch.manual_seed(0)
 model = nn.Linear(3, 3)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-micro_batches = [(torch.randn(4, 3), torch.randint(3, (4,))) for _ in range(3)]
-attempt(delayed_step, model, optimizer, micro_batches)
-print("expected: 0.0314, -0.0652, -0.1013; got:", model.bias.detach())
-attempt(delayed_step, model, optimizer, micro_batches)
-print("expected: -0.0739, 0.0301, -0.0915; got:", model.bias.detach())
+inputs, targets = torch.randn(10, 3), torch.randint(3, (10,))
+attempt(delayed_step, model, optimizer, inputs, targets, most_rows=4)
+print("expected: -0.1265, 0.0947, -0.1033; got:", model.bias.detach())
+attempt(delayed_step, model, optimizer, inputs, targets, most_rows=3)
+print("expected: -0.2404, 0.2475, -0.1423; got:", model.bias.detach())
 
 # %% check-2-3
 check("2.3", delayed_step)
@@ -181,15 +201,29 @@ check("2.3", delayed_step)
 # %% hints-2-3 [markdown]
 # <details><summary>Where to look</summary>
 #
-# The loop inside `peak_of`, near the end of lesson 2.
+# The loop inside `peak_of`, near the end of lesson 2, gets its micro-batches cut; here you cut them.
+# "Delay the step, and nothing else" cuts a list of names, `names[i : i + 8]`; a tensor's rows are cut in the same way.
+# A slice that goes beyond the end is shorter, and no error.
 #
 # </details>
 # <details><summary>The relation in words</summary>
 #
-# `backward()` once for each micro-batch; `step()` and `zero_grad()` once for the window.
+# A sum over all rows is the sum over some of them plus the sum over the others, wherever the border is.
+# So no piece needs a factor.
 #
 # </details>
-# <details><summary>Help: the update is right, but not the memory</summary>
+# <details><summary>Help: it is right only where most_rows divides the number of rows</summary>
+#
+# Does your loop reach the last row?
+# And what is the loss of a piece: its sum, or its mean, which `cross_entropy` takes if you ask for nothing else?
+#
+# </details>
+# <details><summary>Help: a piece has more rows than most_rows</summary>
+#
+# `inputs.chunk(2)` makes two pieces, whatever their size; `inputs.split(4)` makes pieces of 4 rows and a shorter one.
+#
+# </details>
+# <details><summary>Help: the update is right, but more is held than one piece needs</summary>
 #
 # A loss that has not been through `backward()` holds its graph, with all activations.
 # When does each of yours go through it?

@@ -1,7 +1,7 @@
 # %% promise [markdown]
 # # Exercises 3. Normalize
 #
-# You write one normalized window, say what a summed loss needs, and write the test that notices a missing division.
+# You normalize a window without a length, say what a summed loss needs, and write the test that notices a missing division.
 #
 # {{totals}}; [lesson 3](../03_normalize.ipynb) has all that they need.
 # Fill in a cell that ends in `raise NotImplementedError`, run it, and run its check.
@@ -18,30 +18,43 @@ from gradaccum import exercises, relative_error
 from gradaccum.exercises import attempt, check
 
 # %% exercise-3-1 [markdown]
-# ## Exercise 3.1 One normalized window
+# ## Exercise 3.1 A window without a length
 #
-# difficulty 2/5 | 10 minutes | 4 points
+# difficulty 3/5 | 20 minutes | 4 points
 #
-# This is the loop that you will write most often, and the one that libraries got wrong.
+# Data that comes as a stream has no `len`: nobody knows k before the last micro-batch is through.
 #
 # Write `accumulate_window(model, micro_batches)`.
 # It leaves in `.grad` the gradient of the mean loss over the whole window, as one large batch would give it, and returns nothing.
 #
 # - `model` takes inputs of shape `(n, 3)` to logits of shape `(n, 3)`, each row by itself. Its gradients are empty when you get it.
-# - `micro_batches` is a list of pairs: inputs of shape `(n, 3)`, and targets of shape `(n,)`, as `cross_entropy` takes them. There may be any number of them; all have the same n.
+# - `micro_batches` gives at least one pair: inputs of shape `(n, 3)` and targets of shape `(n,)`, all with the same n.
+# - It may be a list, but also a generator: that has no length, cannot be indexed, and is read once, in a `for` loop.
+# - Do not collect the micro-batches: when the next one is read, at most two of those before it may still be there.
 # - Hold one micro-batch's activations at a time.
-# - Leave the model (but for `.grad`) and the micro-batches as they are: called again after `model.zero_grad()`, your function gives the same gradient.
 #
-# **Example.** With a model that has one weight, and a loss whose mean gradient is 2 for the first micro-batch and 4 for the second, `.grad` ends as 3.
+# <details><summary>The fine print</summary>
+#
+# Leave the model (but for `.grad`) and the micro-batches as they are.
+# Called again after `model.zero_grad()`, with the same micro-batches, your function gives the same gradient.
+#
+# </details>
+#
+# **Example.** With a model that has one weight, and micro-batches whose mean losses have the gradients 2, 4 and 9, `.grad` ends as 5.
+# If one more comes, with a gradient of 1, `.grad` ends as 4: then each of the others counts for less.
 
 
 # %% answer-3-1
 def accumulate_window(model, micro_batches):
     """Leave in .grad the gradient of the mean loss over all micro-batches."""
     ### BEGIN SOLUTION
+    k = 0
     for inputs, targets in micro_batches:
-        loss = cross_entropy(model(inputs), targets) / len(micro_batches)
+        loss = cross_entropy(model(inputs), targets)
         loss.backward()
+        k += 1
+    for parameter in model.parameters():
+        parameter.grad /= k
     ### END SOLUTION
 
 
@@ -49,9 +62,15 @@ def accumulate_window(model, micro_batches):
 torch.manual_seed(0)
 model = nn.Linear(3, 3)
 inputs, targets = torch.randn(8, 3), torch.randint(3, (8,))
-attempt(
-    accumulate_window, model, [(inputs[:4], targets[:4]), (inputs[4:], targets[4:])]
-)
+
+
+def stream():
+    """Give the eight rows in micro-batches of two."""
+    for start in range(0, 8, 2):
+        yield inputs[start : start + 2], targets[start : start + 2]
+
+
+attempt(accumulate_window, model, stream())
 print("expected: 0.3501, 0.1145, -0.4646; got:", model.bias.grad)
 
 # %% check-3-1
@@ -60,13 +79,39 @@ check("3.1", accumulate_window)
 # %% hints-3-1 [markdown]
 # <details><summary>Where to look</summary>
 #
-# The first section of lesson 3: everything but one line is lesson 2's loop.
+# The first section of lesson 3 divides each loss, before `backward()`.
+# What else can be divided, and when do you know by what?
+#
+# </details>
+# <details><summary>The relation in words</summary>
+#
+# A sum of gradients over k is what you get if each loss is divided by k first.
+# `.grad` is a tensor for each parameter of the model, and you may write to it: `parameter.grad *= 2` doubles it.
+#
+# </details>
+# <details><summary>Help: TypeError, object of type 'generator' has no len()</summary>
+#
+# Count the micro-batches as they come.
+# When the loop is over, you know how many there were.
+#
+# </details>
+# <details><summary>Help: my gradient is all zeros, or parameter.grad is None</summary>
+#
+# A generator is read once.
+# Did something else read it before your loop did, to count?
 #
 # </details>
 # <details><summary>Help: my gradient is exactly k times too large</summary>
 #
 # `backward()` adds to `.grad`, and each micro-batch's loss is already a mean.
 # What do k means have to be divided by to become one mean?
+# A division of the loss after its `backward()` comes too late.
+#
+# </details>
+# <details><summary>Help: the gradient is right, but too many micro-batches are still there</summary>
+#
+# `list(micro_batches)` has a length, since it holds them all.
+# A list of losses that wait for `backward()` holds them too, each through its graph.
 #
 # </details>
 # <details><summary>Help: the gradient is right, but not the memory</summary>
@@ -127,8 +172,10 @@ check("3.2", divisor)
 # Write `is_right(step)`.
 # It returns `True` for every training step that does what one large batch does, and `False` for every step that does not.
 #
-# - `step(model, optimizer, micro_batches)` makes one update: it clears the gradients, accumulates over the micro-batches, calls `optimizer.step()` and clears again. You choose the model, the optimizer and the data.
-# - `micro_batches` is a list of pairs of inputs and targets for `cross_entropy`, all of the same size: a right step promises the large batch's update for equal sizes only, and for a model that takes each row by itself.
+# - `step(model, optimizer, micro_batches)` makes one update. You choose the model, the optimizer and the data.
+# - It clears the gradients, accumulates over the micro-batches, calls `optimizer.step()` and clears again.
+# - `micro_batches` is a list of pairs of inputs and targets for `cross_entropy`, all of the same size.
+# - A right step promises the large batch's update for equal sizes only, and for a model that takes each row by itself.
 # - A right step may add in another order, so it may differ by rounding.
 #
 # The check hands your test right steps and wrong ones; one of the wrong ones does not divide at all.

@@ -29,12 +29,18 @@ from gradaccum.exercises import attempt, check
 # It gives the micro-batches in lists of `accumulation_steps`, one list after the other, in order.
 # The last list may be shorter; no list is empty.
 #
-# - `micro_batches` is any iterable: a list, but also a generator, which has no length, cannot be indexed, and may never end. There may be nothing in it.
+# - `micro_batches` is any iterable: a list, but also a generator, which has no length and cannot be indexed.
 # - `accumulation_steps` is an int of at least 1.
-# - Yield the lists, or return something that can be iterated over; tuples are as good as lists. Each list must stay as it is when the next one comes.
-# - When a list is handed out, nothing beyond it has been read.
-# - A micro-batch may be anything, and there may be many thousands of them.
+# - Yield the lists, or return something that can be iterated over.
+# - When a list is handed out, nothing beyond it has been read: a generator may never end.
 # - Write it out, without `gradaccum.windows`.
+#
+# <details><summary>The fine print</summary>
+#
+# There may be nothing in `micro_batches`, or many thousands, and a micro-batch may be anything.
+# Each list must stay as it is when the next one comes; tuples are as good as lists.
+#
+# </details>
 #
 # **Example.** `list(group(range(1, 8), 3))` is `[[1, 2, 3], [4, 5, 6], [7]]`.
 
@@ -89,13 +95,19 @@ check("4.1", group)
 # It goes through the micro-batches once and makes one update for each window, the last one too if it is shorter.
 # Each update is the one that the window's large batch would make.
 #
-# - `model` takes inputs of shape `(n, 3)` to logits of shape `(n, 3)`, each row by itself. `optimizer` is one of `torch.optim`, over the model's parameters.
-# - `micro_batches` is a list of pairs: inputs of shape `(n, 3)`, and targets of shape `(n,)`, as `cross_entropy` takes them; all have the same n.
+# - `model` takes inputs of shape `(n, 3)` to logits of shape `(n, 3)`, each row by itself.
+# - `micro_batches` is a list of pairs: inputs of shape `(n, 3)`, and targets of shape `(n,)`, all with the same n.
 # - `accumulation_steps` is an int of at least 1. There may be fewer micro-batches than that.
-# - Call `optimizer.step()` once for each window. Hold one micro-batch's activations at a time.
-# - The gradients are empty before the first epoch. Your function is called once for each epoch, and nothing of one epoch may reach the next.
-# - The check trains with momentum: the gradient has to be right, and another learning rate is no cure.
-# - Cut the windows yourself, without `gradaccum.windows`, and leave the list as it is.
+# - Your function is called once for each epoch, and nothing of one epoch may reach the next.
+# - Cut the windows yourself, without `gradaccum.windows`, and hold one micro-batch's activations at a time.
+#
+# <details><summary>The fine print</summary>
+#
+# `optimizer` is one of `torch.optim`, over the model's parameters; call `optimizer.step()` once for each window.
+# The check trains with momentum: the gradient has to be right, and another learning rate is no cure.
+# The gradients are empty before the first epoch, and the list is to be left as it is.
+#
+# </details>
 #
 # **Example.** Seven micro-batches and k = 3 make three updates: from 1, 2 and 3, from 4, 5 and 6, and from 7 alone.
 # If 7 has a mean loss of 2, then 2 is what goes through `backward()`, not a third of it.
@@ -218,7 +230,7 @@ check("4.3", train)
 # %% exercise-4-4 [markdown]
 # ## Exercise 4.4 Repair: once per update
 #
-# difficulty 3/5 | 15 minutes | 4 points
+# difficulty 3/5 | 20 minutes | 4 points
 #
 # What belongs to the update and stands in the inner loop does damage that no error shows.
 #

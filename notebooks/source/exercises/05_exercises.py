@@ -79,10 +79,18 @@ check("5.1", mean_weights)
 #
 # - `model` takes tokens, int64 of shape `(rows, length)`, to logits of shape `(rows, length, vocabulary)`, each row by itself.
 # - `micro_batches` is a list of pairs `(inputs, targets)`, both int64 of shape `(rows, length)`; rows and length differ from one micro-batch to the next.
-# - A target of `data.IGNORED`, which is -100, does not count: padding, or a part of a line that is not to be learned. It may stand at any place of a row. So a micro-batch may have no target that counts; a window has at least one.
-# - `optimizer` is one of `torch.optim`, perhaps with momentum. Leave its settings, and the window's tensors, as they are: both are used again in the next epoch.
-# - Call `optimizer.step()` once. Clear the gradients once per window, first or last: the step is called for one window after another, and the first time the gradients are empty.
+# - A target of `data.IGNORED`, which is -100, does not count; a micro-batch may have none that does, a window has at least one.
+# - Call `optimizer.step()` once, and clear once, first or last: the step is called for one window after another.
 # - Hold one micro-batch's activations at a time.
+#
+# <details><summary>The fine print</summary>
+#
+# An ignored target, padding or a part of a line that is not to be learned, may be at any place of a row.
+# `optimizer` is one of `torch.optim`, perhaps with momentum.
+# Leave its settings, and the window's tensors, as they are: both are used again in the next epoch.
+# The first time, the gradients are empty.
+#
+# </details>
 #
 # **Example.** In one micro-batch two targets count, with losses 4 and 6; in another, eight, with losses of 1 each; in a third, none.
 # Then the step returns 1.8.
@@ -221,7 +229,9 @@ check("5.3", window_gradient)
 # Write `is_right(step)`.
 # It returns `True` for every training step that makes the update of the mean loss over all targets of the window, and `False` for every step that does not.
 #
-# - `step(model, optimizer, micro_batches)` makes one update: it clears the gradients, accumulates over the micro-batches, calls `optimizer.step()` and clears again. `model` and `micro_batches` are as in exercise 5.2; you choose them, and the optimizer.
+# - `step(model, optimizer, micro_batches)` makes one update; `model` and `micro_batches` are as in exercise 5.2.
+# - You choose them, and the optimizer.
+# - The step clears the gradients, accumulates over the micro-batches, calls `optimizer.step()` and clears again.
 # - The update alone decides, not the memory. A right step may add in another order or weight in float32, so allow a relative error of 1e-5.
 #
 # The check hands your test right steps and wrong ones.
@@ -302,7 +312,8 @@ check("5.4", is_right)
 # It returns the pair that `accumulate` needs of a micro-batch: a sum and a count.
 #
 # - `loss` is the name of one of the five functions, such as `"weighted"`.
-# - `micro_batch` is a pair `(x, y)`, some rows of the batch: `x` of shape `(rows, width)`, or `(rows, length, width)` for text, `y` as the function says. Rows and length differ from one to the next, and some have no target at all.
+# - `micro_batch` is a pair `(x, y)`, some rows of the batch: `x` of shape `(rows, width)`, or `(rows, length, width)` for text, `y` as the function says.
+# - Rows and length differ from one micro-batch to the next, and some have no target at all.
 # - The sum is a tensor of shape `()` with its graph, and the count a number. Added up over the micro-batches, the sums divided by the counts are the loss of the whole batch, with its gradient.
 # - For one of the losses no sum and no count can do that: there, return `None`.
 #
@@ -438,7 +449,7 @@ check("5.5", sum_and_count)
 # %% exercise-5-6 [markdown]
 # ## Exercise 5.6 Read the weights
 #
-# difficulty 3/5 | 20 minutes | 5 points
+# difficulty 3/5 | 25 minutes | 5 points
 #
 # `gradaccum.audit` finds in any loop which weight each micro-batch got in an update: the factor of its own mean gradient.
 # They show the fault of a loop that you have not seen.

@@ -180,7 +180,12 @@ check("6.2", plan)
 # - `activations`: what the backward pass of one micro-batch holds at its worst moment, beyond gradients that were collected *before* it.
 # - `temporaries`: what `step()` makes for itself, beyond the gradients.
 # - Weights, optimizer state and inputs are there in both moments. Leave them out; the inputs of the further micro-batches too.
-# - All are ints of at least 0, `accumulation_steps` of at least 1. A cost is never negative.
+#
+# <details><summary>The fine print</summary>
+#
+# All are ints of at least 0, `accumulation_steps` of at least 1. A cost is never negative.
+#
+# </details>
 #
 # The check hands you what was measured in real updates, with SGD and AdamW, and compares your cost with the measured one.
 #
@@ -234,9 +239,18 @@ check("6.3", accumulation_cost)
 # `train_step(model, optimizer, window)` is given. Its update is right, and so are the two numbers that it returns: the mean loss over the window, and the share of its targets that get the largest logit.
 # But it holds far more than one micro-batch at a time. Find what it keeps, and repair it.
 #
-# - `window` is a list of pairs of inputs and targets, int64 of shape `(n, length)`, all of the same shape; `model` takes inputs to logits of shape `(n, length, vocabulary)`. The gradients are empty before the first update.
+# - `window` is a list of pairs of inputs and targets, int64 of shape `(n, length)`, all of the same shape.
+# - `model` takes inputs to logits of shape `(n, length, vocabulary)`.
 # - The update and the two numbers (floats) stay as they are: the loss and the guesses are those of the weights *before* the step.
-# - Beyond weights, optimizer and window, hold at most twice what a plain loop holds, with a model of many layers as well as with a large vocabulary. NumPy arrays and lists count too. A number for each token or each micro-batch may be kept.
+# - Beyond weights, optimizer and window, hold at most twice what a plain loop holds, with many layers as well as with a large vocabulary.
+# - A number for each token or each micro-batch may be kept.
+#
+# <details><summary>The fine print</summary>
+#
+# NumPy arrays and lists count too.
+# The gradients are empty before the first update.
+#
+# </details>
 #
 # **Example.** A window with a loss of 2 and then 4, and 3 then 5 right guesses among 10 and 10 targets: it returns 3.0 and 0.4.
 
