@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 
 # Not imported here: some need what only the lessons' installation has, and a torch that lacks one of memory's private
 # names must not take `accumulate` away.
-_PARTS = ("data", "exercises", "memory", "models", "plots", "widgets")
+_PARTS = ("data", "exercises", "memory", "models", "plots", "threads", "widgets")
 
 if TYPE_CHECKING:
     from gradaccum import data as data
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from gradaccum import memory as memory
     from gradaccum import models as models
     from gradaccum import plots as plots
+    from gradaccum import threads as threads
     from gradaccum import widgets as widgets
 else:  # a type checker that saw `__getattr__` would let any name pass
 
