@@ -10,13 +10,13 @@ when they are first used.
 import importlib
 from typing import TYPE_CHECKING
 
-from gradaccum.accumulation import Accumulated, NonFiniteLoss, Windows, accumulate, windows
+from gradaccum.accumulation import Accumulated, NonFiniteLoss, Window, Windows, accumulate, windows
 from gradaccum.auditing import Audit, Update, audit
 from gradaccum.gradients import full_batch_gradient, relative_error
 from gradaccum.splits import Split, check_split
 
-__all__ = ["Accumulated", "Audit", "NonFiniteLoss", "Split", "Update", "Windows", "accumulate", "audit", "check_split"]
-__all__ += ["full_batch_gradient", "relative_error", "windows"]
+__all__ = ["Accumulated", "Audit", "NonFiniteLoss", "Split", "Update", "Window", "Windows", "accumulate", "audit"]
+__all__ += ["check_split", "full_batch_gradient", "relative_error", "windows"]
 __version__ = "0.1.0"
 
 # Not imported here: some need what only the lessons' installation has, and a torch that lacks one of memory's private
