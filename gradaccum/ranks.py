@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -46,7 +46,7 @@ class Replicated:
         if module._join_config.enable or module._delay_all_reduce_params:
             what = "delay_all_reduce_named_params" if module._delay_all_reduce_params else "join()"
             raise NotImplementedError(f"DistributedDataParallel with {what} is not supported: leave it out.")
-        inside = [each for each in module.module.modules() if _is_engine(each)]
+        inside = [*replicated_in([module.module]), *sharded_in([module.module])]
         if inside:
             raise NotImplementedError(
                 f"DistributedDataParallel has {type(inside[0]).__name__} inside, which averages too: use one of them."
@@ -162,12 +162,7 @@ class Sharded:
         return {id(getattr(info.module, info.param_name)) for info in infos}
 
     def _hidden(self) -> bool:
-        return any(
-            getattr(getattr(each, "_unsharded_param", None), "grad", None) is not None
-            or each.unsharded_accumulated_grad is not None
-            for part in self._parts
-            for each in part.fsdp_params
-        ) or any(part._partial_reduce_output is not None for part in self._parts)
+        return bool(unsent_in(self.modules))
 
     def begin(self) -> None:
         """Note what a window changes."""
@@ -226,6 +221,30 @@ class Sharded:
             module.reshard()
 
 
+def replicated_in(modules: Sequence[nn.Module]) -> list[nn.parallel.DistributedDataParallel]:
+    """Return each DistributedDataParallel among the modules and what is inside of them."""
+    found = {id(each): each for each in refusals.inner(modules)}
+    return [each for each in found.values() if isinstance(each, nn.parallel.DistributedDataParallel)]
+
+
+def sharded_in(modules: Sequence[nn.Module]) -> list[Any]:
+    """Return what `fully_shard` was applied to, the outer ones first."""
+    sharding: Any = sys.modules.get("torch.distributed.fsdp")  # slow to import, and there if a model is sharded
+    if sharding is None:
+        return []
+    found = {id(each): each for each in refusals.inner(modules) if isinstance(each, sharding.FSDPModule)}
+    return list(found.values())
+
+
+def unsent_in(modules: Iterable[Any]) -> list[Tensor]:
+    """Return the gradients of passes that `fully_shard` did not send: whole, or of HSDP a shard that is not summed."""
+    parts = [part for module in modules for part in module._get_fsdp_state()._fsdp_param_groups]
+    found = [part._partial_reduce_output for part in parts]
+    for each in (each for part in parts for each in part.fsdp_params):
+        found += [getattr(getattr(each, "_unsharded_param", None), "grad", None), each.unsharded_accumulated_grad]
+    return [gradient for gradient in found if gradient is not None]
+
+
 def members(group: Group) -> list[int] | int:
     """Return what tells a group from another one: its ranks."""
     try:
@@ -246,13 +265,6 @@ def is_predicted(tensor: Tensor) -> bool:
     return type(tensor).__name__ == "FakeTensor"  # private; only its name is read, and nothing is imported
 
 
-def _is_engine(module: nn.Module) -> bool:
-    sharding = sys.modules.get("torch.distributed.fsdp")  # slow to import, and there if a model is sharded
-    return isinstance(module, nn.parallel.DistributedDataParallel) or (
-        sharding is not None and isinstance(module, sharding.FSDPModule)
-    )
-
-
 def _trains(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
@@ -266,11 +278,11 @@ def engines_of(modules: Sequence[nn.Module], *, alone: bool = False) -> list[Rep
     """
     if not torch.distributed.is_available():
         return []
+    replicated, sharded = replicated_in(modules), sharded_in(modules)
     sharding: Any = sys.modules.get("torch.distributed.fsdp")
-    inner = refusals.inner(modules)
-    replicated = {id(each): each for each in inner if isinstance(each, nn.parallel.DistributedDataParallel)}
-    sharded = {id(each): each for each in inner if sharding is not None and isinstance(each, sharding.FSDPModule)}
-    if sharding is not None and any(isinstance(each, sharding.FullyShardedDataParallel) for each in inner):
+    if sharding is not None and any(
+        isinstance(each, sharding.FullyShardedDataParallel) for each in refusals.inner(modules)
+    ):
         raise NotImplementedError("FullyShardedDataParallel (FSDP1) is not supported: shard with fully_shard (FSDP2).")
     several = refusals.ranks()
     if not replicated and not sharded:
@@ -287,7 +299,7 @@ def engines_of(modules: Sequence[nn.Module], *, alone: bool = False) -> list[Rep
         )
     parts: list[Replicated | Sharded] = [
         Replicated(module)
-        for module in replicated.values()
+        for module in replicated
         if _trains(module) and module.process_group.size() > 1  # one of 1 averages nothing
     ]
-    return [*parts, *([Sharded(list(sharded.values()))] if any(map(_trains, sharded.values())) else [])]
+    return [*parts, *([Sharded(sharded)] if any(map(_trains, sharded)) else [])]

@@ -17,11 +17,20 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed._composable.replicate_with_fsdp import replicate
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed import fake_pg  # registers the backend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -35,6 +44,7 @@ from gradaccum import (
     relative_error,
     windows,
 )
+from gradaccum.memory import measure_memory, predict_memory
 
 X, Y = torch.randn(2, 40, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 CUTS = [[2, 2, 2], [10, 9], [3], [1, 4, 4]]  # rows of each micro-batch, by rank
@@ -65,6 +75,7 @@ class Net(nn.Module):
         return x * self.scale
 
 
+assert fake_pg
 torch.manual_seed(0)
 START = Net().double()
 
@@ -378,6 +389,115 @@ class Job:
             accumulate(model, self.mine, lambda rows: loss_sum(model, rows), len)
             assert relative_error(full(model), [each.grad for each in reference.parameters()]) < 1e-12
             model.zero_grad()
+
+    def two_kinds_of_models(self):
+        class Encoder(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.net = copy.deepcopy(START)
+
+            def encode(self, x):
+                return self.net(x)
+
+        model = Encoder()
+        fully_shard(model, mesh=self.mesh())
+        register_fsdp_forward_method(model, "encode")
+        right, _ = self.right()
+        for _ in range(2):
+            accumulate(model, self.mine, lambda rows: squares(model.encode, rows), len)
+            assert relative_error(full(model), right) < 1e-12
+            model.zero_grad()
+        self.exact(replicate(copy.deepcopy(START), mesh=self.mesh()))
+        with torch.device("meta"):
+            model = Net().double()
+        sharded_late = sharded(self.mesh(), model)
+        sharded_late.to_empty(device="cpu")
+        for name, each in START.named_parameters():
+            mine = sharded_late.get_parameter(name)
+            mine.data.copy_(distribute_tensor(each.detach().clone(), mine.device_mesh, mine.placements))
+        self.exact(sharded_late)
+
+    def two_modules_in_a_list(self):
+        def both(one, other, rows):
+            return (one(X[list(rows)]) * other(X[list(rows)])).sum(-1).exp().sum()
+
+        pair = [copy.deepcopy(START), copy.deepcopy(START)]
+        (both(*pair, self.rows) / len(self.rows)).backward()
+        right = [each.grad for model in pair for each in model.parameters()]
+        for models in (
+            [sharded(self.mesh()), sharded(self.mesh())],
+            [sharded(self.mesh()), DistributedDataParallel(copy.deepcopy(START))],
+        ):
+            for sync in ("last", "each"):
+                accumulate(models, self.mine, lambda rows, models=models: both(*models, rows), len, sync=sync)
+                assert relative_error([each for model in models for each in full(model)], right) < 1e-12
+                for model in models:
+                    model.zero_grad()
+
+    def two_first_windows_that_one_rank_has_not(self):
+        right, _ = whole(START, [row for piece in self.deal[0] for row in piece])
+        model = sharded(self.mesh())
+        window = Window([], spare=[0]) if self.rank else self.mine
+        accumulate(
+            model, window, lambda rows: squares(model, rows) * (math.nan if self.rank else 1), len, nonfinite="raise"
+        )
+        assert relative_error(full(model), right) < 1e-12
+
+    def two_scalers_skip_together(self):
+        model, scaler = sharded(self.mesh()), torch.amp.GradScaler("cpu", init_scale=8.0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        accumulate(model, self.mine, lambda rows: squares(model, rows), len, scaler=scaler)
+        if self.rank == 1:
+            model.blocks[0].weight.grad.to_local()[0, 0] = math.inf
+        before = [each.full_tensor().clone() for each in model.parameters()]
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() == 4.0
+        assert all(torch.equal(one, each.full_tensor()) for one, each in zip(before, model.parameters(), strict=True))
+
+    def two_passes_that_do_not_all_run(self):
+        models = [sharded(self.mesh()), sharded(self.mesh())]
+        calls = []
+
+        def loss_sum(rows):
+            calls.append(rows)
+            return sum(squares(model, rows) for model in models[: 1 if len(calls) == 2 else 2])
+
+        with pytest.raises(RuntimeError, match="did not call the model that was given"):
+            accumulate(models, self.deal[0], loss_sum, len)
+
+    def two_memories(self):
+        fake = DeviceMesh.from_group(dist.new_group(backend="fake"), "cpu")
+
+        def build(mesh):
+            model = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 64))
+            for layer in (model[0], model[2], model[4], model):
+                fully_shard(layer, mesh=mesh)
+            return model, torch.optim.AdamW(model.parameters(), foreach=False)
+
+        def step(model, optimizer, sync, count):
+            accumulate(model, self.deal[0], lambda rows: model(torch.ones(8, 64)).square().sum(), count, sync=sync)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        size = 4 * (64 * 128 + 128 + 128 * 128 + 128 + 128 * 64 + 64)
+        for sync in ("last", "each"):
+            built = build(self.mesh())
+            measured = []
+            for _ in range(2):
+                with measure_memory(*built) as memory:
+                    step(*built, sync, len)
+                measured.append((memory.peak_bytes, memory.start_bytes, memory.end_bytes, memory.at_peak))
+            if sync == "last":  # whole on each rank, where "each" holds a shard
+                assert memory.at_peak["gradients"] == size
+            for count in (len, lambda rows: torch.tensor(len(rows))):
+                predicted = predict_memory(
+                    lambda: build(fake), lambda *both, sync=sync, count=count: step(*both, sync, count), device="cpu"
+                )
+                for report, right in zip((predicted.first, predicted), measured, strict=True):
+                    assert (report.peak_bytes, report.start_bytes, report.end_bytes, report.at_peak) == right
+        with pytest.raises(NotImplementedError, match="DistributedDataParallel is not predicted"):
+            predict_memory(lambda: DistributedDataParallel(nn.Linear(1, 1)), len, device="cpu")
 
     # --- four ---
 

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -138,6 +139,32 @@ def test_what_is_sent_is_counted(size, sync):
         assert passes == [numbers] * (1 if sync == "last" else 3)
         assert table <= 16 * size
         assert loss == 2
+
+
+@pytest.mark.parametrize("nonfinite", ["pass", "raise"])
+@pytest.mark.parametrize("counted_as", [torch.tensor, int])
+def test_one_wait_a_window_and_one_to_raise(monkeypatch, counted_as, nonfinite):
+    waited, waits = [], ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "equal")
+
+    def noting(name, original):
+        def call(self, *args, **kwargs):
+            waited.append((threading.get_ident(), name))
+            return original(self, *args, **kwargs)
+
+        return call
+
+    def work(rank, group):
+        model = wrapped(group)
+        window = [(rows, counted_as(len(rows))) for rows in DEAL[rank]]
+        for _ in range(3):
+            model.zero_grad()
+            before = len(waited)
+            accumulate(model, window, lambda each: squares(model, each[0]), lambda each: each[1], nonfinite=nonfinite)
+        return [name for thread, name in waited[before:] if thread == threading.get_ident()]
+
+    for name in waits:
+        monkeypatch.setattr(torch.Tensor, name, noting(name, getattr(torch.Tensor, name)))
+    assert run_ranks(2, work) == [["tolist"] * (1 + (nonfinite == "raise"))] * 2
 
 
 def two_losses(model, rows):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 # Private, but the only way to see each operation's result, those of backward too, without touching the model.
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gradaccum import ranks
 from gradaccum.memory.device import CPU, DeviceCounters, chosen_device, storages_on
 
 # What a storage is called at first because of when it was made; it may turn out to be a gradient or a state.
@@ -129,8 +130,11 @@ class measure_memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
     `step()`), "backward temporaries" (made in backward, what checkpointing computes again included),
     "optimizer temporaries" (made in a known optimizer's `step()`).
 
+    Under `fully_shard` the gradients that were not sent yet, which no parameter's `.grad` has, are gradients too.
+
     Not followed: storages made before the block and not given; memory within a kernel (an LSTM, or bfloat16 on
-    the CPU, may hold some); memory that NumPy owns; tensors made in other threads or processes. Do not
+    the CPU, may hold some); memory that NumPy owns; tensors made in other threads or processes; the buckets of
+    DistributedDataParallel, the gradients once more (or, as views, the only time), made when it is. Do not
     compile the code of a block that is followed: under `torch.compile` one would measure a run that is not
     compiled. (The device's own counters see compiled code as it is.)
 
@@ -178,6 +182,7 @@ class measure_memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # Time is counted in storages made and freed.
         self._clock = self._start_at = self._peak_at = self._held = self._peak = 0
         self._step_task: int | None = None
+        self._in_backward, self._sharded = False, weakref.WeakSet[nn.Module]()
         self._known: dict[str, list[Any]] = {role: [] for role in ROLES}
         self._optimizers = weakref.WeakSet[torch.optim.Optimizer]()
         self._compiled = ""
@@ -204,6 +209,7 @@ class measure_memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if any("_orig_mod" in m._modules or vars(m).get("_compiled_call_impl") for m in thing.modules()):
                 self._compiled = type(thing).__name__
             self._known["parameters"] += (*thing.parameters(), *thing.buffers())
+            self._sharded.update(ranks.sharded_in([thing]))
         elif isinstance(thing, torch.optim.Optimizer):
             self._known["parameters"] += (parameter for group in thing.param_groups for parameter in group["params"])
             self._known["optimizer state"] += (thing.state, thing.param_groups)
@@ -283,6 +289,10 @@ class measure_memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
             # An argument's storage that is not followed was made before the block, and so is not counted.
             for storage, _ in storages_on(self._device, [args, kwargs]):
                 made.pop(id(storage), None)
+        if made and self._sharded:
+            before, self._in_backward = self._in_backward, torch._C._current_graph_task_id() != -1
+            if before and not self._in_backward:  # no hook says when a gradient that is not sent is complete
+                self._label(ranks.unsent_in(self._sharded), "gradients")
         for storage, tensor in made.values():
             if func is not _aten.lift_fresh.default or storage.resizable():  # else NumPy owns the memory
                 self._add(storage, tensor, func, self._role_now())

@@ -80,6 +80,10 @@ def predict_memory(
     use autocast, GradScaler or `Module.to`, which are replaced for the while. Where tqdm is installed, a prediction
     of more than two seconds shows its progress.
 
+    One rank of a model in `fully_shard` is predicted on torch's `fake` process group, which no other rank joins:
+    initialize it before, make the mesh outside of `build` and shard in it. `accumulate` then takes the other ranks
+    to have what this one has.
+
     Args:
         build: makes everything afresh, without arguments: the model, the optimizer, the data. It may return a
             tuple or a list; anything else is passed to `step` as its one argument.
@@ -94,8 +98,8 @@ def predict_memory(
         TypeError: `build` or `step` is not callable, or `device` is no device.
         ValueError: a tensor made outside of `build` and `step` is used in them.
         NotImplementedError: no number can be given: another device, recurrent layers, `nn.EmbeddingBag`, LBFGS,
-            compiled code, sparse tensors, a shape that depends on values, an operation that torch cannot run
-            without data.
+            compiled code, DistributedDataParallel, sparse tensors, a shape that depends on values, an operation that
+            torch cannot run without data.
         Exception: what `build` and `step` raise passes through.
 
     Example:
@@ -265,11 +269,18 @@ def _replaced(device: str) -> Iterator[None]:
     def compiled(*args: Any, **options: Any) -> None:
         raise NotImplementedError("Compiled code is not predicted: leave torch.compile out of build and step.")
 
+    def replicated(*args: Any, **options: Any) -> None:
+        raise NotImplementedError(
+            "DistributedDataParallel is not predicted, since its buckets are made out of sight: predict the model that "
+            "it wraps, and add the bytes of the gradients once."
+        )
+
     places: list[tuple[Any, str, Any]] = [
         (torch.autocast, "__init__", autocast_on_host),
         (torch.amp.GradScaler, "__init__", scaler_on_host),
         (nn.Module, "_apply", apply),  # private: all of to(), cuda(), half() ... are made of it
         (nn.Module, "compile", compiled),
+        (nn.parallel.DistributedDataParallel, "__init__", replicated),
         (torch, "compile", compiled),
     ]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
