@@ -46,7 +46,7 @@ class Replicated:
         if module._join_config.enable or module._delay_all_reduce_params:
             what = "delay_all_reduce_named_params" if module._delay_all_reduce_params else "join()"
             raise NotImplementedError(f"DistributedDataParallel with {what} is not supported: leave it out.")
-        inside = [*replicated_in([module.module]), *sharded_in([module.module])]
+        inside = engines_in([module.module])
         if inside:
             raise NotImplementedError(
                 f"DistributedDataParallel has {type(inside[0]).__name__} inside, which averages too: use one of them."
@@ -221,19 +221,21 @@ class Sharded:
             module.reshard()
 
 
-def replicated_in(modules: Sequence[nn.Module]) -> list[nn.parallel.DistributedDataParallel]:
-    """Return each DistributedDataParallel among the modules and what is inside of them."""
-    found = {id(each): each for each in refusals.inner(modules)}
-    return [each for each in found.values() if isinstance(each, nn.parallel.DistributedDataParallel)]
+def engines_in(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Return each DistributedDataParallel, FSDP1 and `fully_shard` module, the outer ones first."""
+    kinds = (nn.parallel.DistributedDataParallel, *_sharding("FSDPModule", "FullyShardedDataParallel"))
+    found = [below for module in modules for below in module.modules() if isinstance(below, kinds)]
+    return list({id(each): each for each in found}.values())
 
 
-def sharded_in(modules: Sequence[nn.Module]) -> list[Any]:
+def sharded_in(modules: Iterable[nn.Module]) -> list[Any]:
     """Return what `fully_shard` was applied to, the outer ones first."""
-    sharding: Any = sys.modules.get("torch.distributed.fsdp")  # slow to import, and there if a model is sharded
-    if sharding is None:
-        return []
-    found = {id(each): each for each in refusals.inner(modules) if isinstance(each, sharding.FSDPModule)}
-    return list(found.values())
+    return [each for each in engines_in(modules) if isinstance(each, _sharding("FSDPModule"))]
+
+
+def _sharding(*names: str) -> tuple[type, ...]:
+    sharding = sys.modules.get("torch.distributed.fsdp")  # slow to import, and there if a model is sharded
+    return tuple(getattr(sharding, name) for name in names) if sharding else ()
 
 
 def unsent_in(modules: Iterable[Any]) -> list[Tensor]:
@@ -278,14 +280,9 @@ def engines_of(modules: Sequence[nn.Module], *, alone: bool = False) -> list[Rep
     """
     if not torch.distributed.is_available():
         return []
-    replicated, sharded = replicated_in(modules), sharded_in(modules)
-    sharding: Any = sys.modules.get("torch.distributed.fsdp")
-    if sharding is not None and any(
-        isinstance(each, sharding.FullyShardedDataParallel) for each in refusals.inner(modules)
-    ):
-        raise NotImplementedError("FullyShardedDataParallel (FSDP1) is not supported: shard with fully_shard (FSDP2).")
+    found = engines_in(modules)
     several = refusals.ranks()
-    if not replicated and not sharded:
+    if not found:
         if several > 1 and not alone:
             raise NotImplementedError(
                 f"{several} processes train together and no engine averages this model, so that each would count its "
@@ -297,9 +294,14 @@ def engines_of(modules: Sequence[nn.Module], *, alone: bool = False) -> list[Rep
         raise ValueError(
             "alone=True is for a model that is this process's own, and this one is averaged: leave it out."
         )
+    if any(isinstance(each, _sharding("FullyShardedDataParallel")) for each in found):
+        raise NotImplementedError("FullyShardedDataParallel (FSDP1) is not supported: shard with fully_shard (FSDP2).")
     parts: list[Replicated | Sharded] = [
         Replicated(module)
-        for module in replicated
-        if _trains(module) and module.process_group.size() > 1  # one of 1 averages nothing
+        for module in found
+        if isinstance(module, nn.parallel.DistributedDataParallel)
+        and _trains(module)
+        and module.process_group.size() > 1  # one of 1 averages nothing
     ]
+    sharded = [module for module in found if isinstance(module, _sharding("FSDPModule"))]
     return [*parts, *([Sharded(sharded)] if any(map(_trains, sharded)) else [])]
