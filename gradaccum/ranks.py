@@ -304,4 +304,9 @@ def engines_of(modules: Sequence[nn.Module], *, alone: bool = False) -> list[Rep
         and module.process_group.size() > 1  # one of 1 averages nothing
     ]
     sharded = [module for module in found if isinstance(module, _sharding("FSDPModule"))]
-    return [*parts, *([Sharded(sharded)] if any(map(_trains, sharded)) else [])]
+    try:
+        return [*parts, *([Sharded(sharded)] if any(map(_trains, sharded)) else [])]
+    except AttributeError as error:
+        raise NotImplementedError(
+            f"torch {torch.__version__} keeps what fully_shard averages elsewhere than torch 2.13 does: use that one."
+        ) from error

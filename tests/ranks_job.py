@@ -310,6 +310,11 @@ class Job:
             with pytest.raises(NotImplementedError, match="processes"):
                 call()
 
+    def two_other_private_names(self):
+        model = sharded(self.mesh())
+        del model._get_fsdp_state()._fsdp_param_groups
+        self.refused(model, NotImplementedError, "elsewhere than torch 2.13 does")
+
     def two_alone(self):
         model = copy.deepcopy(START)
         mine = [row for piece in self.mine for row in piece]

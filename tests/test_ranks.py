@@ -430,7 +430,7 @@ def test_a_pass_around_the_engine_is_refused(k):
         assert "call the wrapped model" in str(error)
 
 
-def test_engines_that_do_not_average_as_one_are_refused():
+def test_engines_that_average_otherwise():
     def within_no_sync(rank, group):
         model = wrapped(group)
         with model.no_sync():
