@@ -240,6 +240,32 @@ class Routed(nn.Module):
         return self.halves[int(len(x) > 5)](x)
 
 
+class Answer(nn.Module):
+    """As models of transformers do: keywords in, a dict out."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = copy.deepcopy(START)
+
+    def forward(self, x=None, again=False):
+        return {"logits": self.net(x), "twice": self.net(2 * x) if again else None}
+
+
+class Asked(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x=x)["logits"] + self.inner(x=x, again=True)["twice"]
+
+
+def tied():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+    model[2].weight = model[0].weight
+    return model
+
+
 def frozen():
     model = copy.deepcopy(START)
     model[0].weight.requires_grad_(False)
@@ -256,6 +282,8 @@ KINDS = {
         lambda ddp: setattr(ddp, "module", torch.compile(ddp.module, backend="eager")) or ddp,
     ),
     "frozen": (frozen(), {}, Wrapper),
+    "tied": (tied(), {}, Wrapper),
+    "two forwards, a dict": (Answer(), {}, Asked),
     "unused": (Routed(), {"find_unused_parameters": True}, Wrapper),
     "static graph": (START, {"static_graph": True}, Wrapper),
     "bucket views": (START, {"gradient_as_bucket_view": True}, Wrapper),
@@ -272,7 +300,8 @@ def test_kinds_of_models_three_windows_each(kind, sync):
     def pieces(model, rows):  # as they are cut, where the forward looks at how many there are
         return sum(squares(model, piece) for of_rank in DEAL for piece in of_rank)
 
-    right, mean = whole(start, loss_sum=pieces)
+    reference = Asked(start) if outer is Asked else start
+    right, mean = whole(reference, loss_sum=pieces)
 
     def work(rank, group):
         model = outer(wrapped(group, start, **options))
@@ -289,6 +318,7 @@ def test_kinds_of_models_three_windows_each(kind, sync):
         return [each for each in model.parameters() if each.requires_grad]
 
     right = [torch.zeros_like(each) if one is None else one for each, one in zip(trained(start), right, strict=True)]
+    assert len(right) == len(trained(start)) > 0
     for found in run_ranks(2, work):
         for error, result in found:
             assert error < 1e-12
@@ -314,9 +344,47 @@ def test_two_modules_in_a_list_each_in_an_engine():
     assert max(run_ranks(2, work)) < 1e-12
 
 
-def test_a_scaler_and_its_step():
+class Talking(nn.SyncBatchNorm):
+    """A stand-in that runs on a CPU: it exchanges something in each forward."""
+
+    group = None
+
+    def forward(self, x):
+        torch.distributed.all_reduce(torch.zeros(3), group=self.group)
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:BatchNorm")
+def test_ranks_that_talk_in_the_forward_keep_pace():
     right, _ = whole()
 
+    def work(rank, group):
+        model = wrapped(group)
+        model.module.append(Talking(4, affine=False))  # DDP itself refuses it on a CPU
+        model.module[-1].group = group
+        accumulate(model, DEAL[rank], lambda rows: squares(model, rows), len)  # 3 passes and 2
+        return off(model, right)
+
+    assert max(run_ranks(2, work)) < 1e-12
+
+
+def test_an_evaluation_between_windows():
+    right, _ = whole()
+
+    def work(rank, group):
+        model = wrapped(group)
+        for _ in range(3):
+            model.zero_grad()
+            accumulate(model, DEAL[rank], lambda rows: squares(model, rows), len)
+            with torch.no_grad():
+                model.eval()(X)
+            model.train()
+        return off(model, right)
+
+    assert max(run_ranks(2, work)) < 1e-12
+
+
+def test_a_scaler_and_its_step():
     def work(rank, group):
         model, scaler = wrapped(group), torch.amp.GradScaler("cpu", init_scale=1024.0)
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -390,7 +458,7 @@ def test_one_ranks_fault_is_raised_on_all(fault):
     assert forwards == []
 
 
-def test_an_error_of_count_itself_is_raised_on_all():
+def test_an_error_of_count_is_raised_on_all():
     def work(rank, group):
         model = wrapped(group)
         accumulate(model, DEAL[rank], lambda rows: squares(model, rows), lambda rows: 1 // 0 if rank else 1)
@@ -453,10 +521,23 @@ def test_engines_that_average_otherwise():
             assert said in str(error)
 
 
+def test_gradients_not_all_sent_are_refused():
+    def work(rank, group):
+        model = wrapped(group, Routed())  # without find_unused_parameters
+        try:
+            accumulate(model, [range(2)], lambda rows: squares(model, rows), len)
+        finally:
+            assert set(gradients(model)) == {None}
+
+    for error in errors_of(2, work):
+        assert type(error) is RuntimeError
+        assert "set find_unused_parameters=True" in str(error)
+
+
 # --- losses that are not finite, errors within a window, windows that end at different times ---
 
 
-def test_not_finite_is_raised_on_all_and_tried_again():
+def test_not_finite_is_raised_on_all_and_tried():
     bad = DEAL[1][0]
 
     def work(rank, group):
