@@ -701,8 +701,8 @@ def test_ranks_as_processes(said, case):
 KILLED = """import os, signal, sys, torch
 from torch import nn
 from gradaccum import accumulate
-torch.distributed.init_process_group("gloo")
-rank = torch.distributed.get_rank()
+rank, store = int(os.environ["RANK"]), torch.distributed.FileStore(sys.argv[1], 2)
+torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
 model = nn.parallel.DistributedDataParallel(nn.Linear(2, 1))
 def loss_sum(number):
     if rank == 1 and number == 1:
@@ -717,7 +717,10 @@ print("went on", flush=True)
 @pytest.mark.slow
 def test_torchrun_ends_the_job_of_a_killed_rank(tmp_path):
     (script := tmp_path / "job.py").write_text(KILLED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
+    # Not --standalone, whose store listens on all addresses: here the launcher's and the ranks' stores are files.
+    meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={tmp_path / 'meeting'}", "--rdzv-conf=store_type=file"]
+    command = [sys.executable, "-m", "torch.distributed.run", *meeting, "--rdzv-id=1", "--nnodes=1"]
+    command += ["--nproc-per-node=2", script, tmp_path / "store"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     environment["PYTHONPATH"] = str(JOB.parents[1])
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
