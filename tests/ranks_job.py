@@ -150,13 +150,24 @@ class Job:
             for sync in ("last", "each"):
                 self.exact(sharded(self.mesh(), **options), sync=sync)
 
-    def two_single_linear_and_wrapper(self):
+    def two_in_wrappers(self):
         model = sharded(self.mesh())
         self.exact(model, outer=nn.Sequential(nn.Sequential(model)))
+
+    def two_meshes_with_a_dimension_of_one(self):
+        for shape in ((2, 1), (1, 2)):
+            self.exact(sharded(init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))))
+        model = sharded(init_device_mesh("cpu", (2, 1), mesh_dim_names=("all", "own"))["own"])
+        accumulate(model, self.mine, lambda rows: squares(model, rows), len)
+        right, _ = whole(START, [row for piece in self.mine for row in piece])
+        assert relative_error(full(model), right) < 1e-12
 
     def two_compiled(self):
         model = sharded(self.mesh())
         self.exact(model, outer=torch.compile(model, backend="aot_eager"))
+        for model in (sharded(self.mesh()), DistributedDataParallel(copy.deepcopy(START))):
+            model.compile(backend="aot_eager")  # in place
+            self.exact(model)
 
     def two_checkpointed(self):
         start = Net(checkpointed=True).double()
@@ -200,12 +211,20 @@ class Job:
             with torch.no_grad():
                 model(X)
             self.exact(model, windows=1)
+        root = sharded(self.mesh(), blocks=False)
+        accumulate(root, self.mine, lambda rows: squares(root, rows), len)
+        with torch.no_grad():
+            root(X)  # its parameters stay gathered, and these have no .grad
+        self.refused(root, ValueError, "has a .grad")
 
     def two_errors_at_every_place(self):
+        self.errors_at_every_place(self.mesh())
+
+    def errors_at_every_place(self, mesh):
         right, _ = self.right()
         for place in range(6):
             for sync in ("last", "each"):
-                model, calls = sharded(self.mesh()), []
+                model, calls = sharded(mesh), []
                 window = self.deal[0]
 
                 def loss_sum(rows, model=model, calls=calls, place=place):
@@ -517,6 +536,12 @@ class Job:
                 "it returned -1" if self.rank == 3 else "Rank 3 refused",
                 count=lambda rows: torch.tensor(-1 if self.rank == 3 else 1),
             )
+
+    def four_errors_at_every_place(self):
+        self.errors_at_every_place(init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+
+    def four_that_gather_half_after_the_forward(self):
+        self.exact(sharded(self.mesh(), reshard_after_forward=2), windows=4)
 
     def four_tensor_parallel(self):
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
