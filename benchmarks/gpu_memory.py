@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gradaccum
 from gradaccum.memory import measure_memory, plan_micro_batches, predict_memory
-from gradaccum.memory.pretend import WORKSPACE
+from gradaccum.memory.libraries import WORKSPACE
 from gradaccum.models import GPT, embedding_linear
 
 SEED, HALVES = 20, ("calibration", "held-out")  # the prediction may be mended on the first; the claim is the second's

@@ -10,18 +10,18 @@ when they are first used.
 import importlib
 from typing import TYPE_CHECKING
 
-from gradaccum.accumulation import Accumulated, NonFiniteLoss, Windows, accumulate, windows
+from gradaccum.accumulation import Accumulated, NonFiniteLoss, Window, Windows, accumulate, windows
 from gradaccum.auditing import Audit, Update, audit
 from gradaccum.gradients import full_batch_gradient, relative_error
 from gradaccum.splits import Split, check_split
 
-__all__ = ["Accumulated", "Audit", "NonFiniteLoss", "Split", "Update", "Windows", "accumulate", "audit", "check_split"]
-__all__ += ["full_batch_gradient", "relative_error", "windows"]
+__all__ = ["Accumulated", "Audit", "NonFiniteLoss", "Split", "Update", "Window", "Windows", "accumulate", "audit"]
+__all__ += ["check_split", "full_batch_gradient", "relative_error", "windows"]
 __version__ = "0.1.0"
 
 # Not imported here: some need what only the lessons' installation has, and a torch that lacks one of memory's private
 # names must not take `accumulate` away.
-_PARTS = ("data", "exercises", "memory", "models", "plots", "widgets")
+_PARTS = ("data", "exercises", "memory", "models", "plots", "threads", "widgets")
 
 if TYPE_CHECKING:
     from gradaccum import data as data
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from gradaccum import memory as memory
     from gradaccum import models as models
     from gradaccum import plots as plots
+    from gradaccum import threads as threads
     from gradaccum import widgets as widgets
 else:  # a type checker that saw `__getattr__` would let any name pass
 

@@ -7,13 +7,14 @@ Everything that belongs to an update (clip, step, schedule, clear) stays in the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-from gradaccum import refusals
+from gradaccum import collective, refusals
 from gradaccum.refusals import Model
 
 MicroBatch = TypeVar("MicroBatch")
@@ -22,18 +23,59 @@ Count: TypeAlias = int | float | Tensor
 Counts: TypeAlias = Count | Mapping[str, Count]
 
 
+class Window(list[MicroBatch]):
+    """A list of micro-batches that may be empty, where a rank has none left; from `windows(..., group=...)`.
+
+    Attributes:
+        spare: a micro-batch that this rank has seen. Where the window is empty, `accumulate` runs it with weight 0.
+
+    Example:
+        >>> window = Window([10, 20, 30], spare=10)
+        >>> window.without([1]), window.without([0, 1, 2]), window.without([0, 1, 2]).spare
+        ([10, 30], [], 10)
+    """
+
+    def __init__(self, micro_batches: Iterable[MicroBatch], spare: MicroBatch) -> None:
+        super().__init__(micro_batches)
+        self.spare = spare
+
+    def without(self, indices: Iterable[int]) -> Window[MicroBatch]:
+        """Return the window without the micro-batches at these indices, and with the same spare."""
+        left_out = set(indices)
+        return Window((each for index, each in enumerate(self) if index not in left_out), self.spare)
+
+
 class Windows(Generic[MicroBatch]):
     """The micro-batches of an iterable in lists, one list per update; made by `windows`."""
 
-    def __init__(self, micro_batches: Iterable[MicroBatch], accumulation_steps: int) -> None:
+    def __init__(self, micro_batches: Iterable[MicroBatch], accumulation_steps: int, group: Any = None) -> None:
         self._micro_batches = micro_batches
         self._accumulation_steps = accumulation_steps
+        self._group = group
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         stream = iter(self._micro_batches)
-        while window := list(islice(stream, self._accumulation_steps)):
-            yield window
-            del window  # or it would be alive while the next one is read
+        if self._group is None:
+            while window := list(islice(stream, self._accumulation_steps)):
+                yield window
+                del window  # or it would be alive while the next one is read
+        else:
+            yield from self._as_many_as_the_others(stream)
+
+    def _as_many_as_the_others(self, stream: Iterator[MicroBatch]) -> Iterator[Window[MicroBatch]]:
+        spare: list[MicroBatch] = []
+        window: list[MicroBatch] = []
+        while True:
+            error = None
+            try:
+                window = list(islice(stream, self._accumulation_steps))
+            except Exception as caught:  # the others must not wait for this rank
+                error = caught
+            spare = spare or window[:1]
+            if not collective.any_has_more(self._group, bool(window), bool(spare), error):
+                return
+            yield Window(window, spare[0])
+            window = []
 
     def __len__(self) -> int:
         """Count the windows; a TypeError where the micro-batches themselves have no length."""
@@ -43,22 +85,28 @@ class Windows(Generic[MicroBatch]):
         return True
 
 
-def windows(micro_batches: Iterable[MicroBatch], accumulation_steps: int) -> Windows[MicroBatch]:
+def windows(micro_batches: Iterable[MicroBatch], accumulation_steps: int, *, group: Any = None) -> Windows[MicroBatch]:
     """Group `micro_batches` into lists of `accumulation_steps`; the last list may be shorter, never empty.
 
     Args:
         micro_batches: any iterable: a DataLoader, a list, a generator. It is read no further than the list
             being yielded. Whatever can be iterated again, epoch after epoch, can be here too.
         accumulation_steps: k, how many micro-batches make one update; an int of at least 1.
+        group: on several processes whose loops end at different times, the process group that trains together
+            (`torch.distributed.group.WORLD`, or a mesh's `get_group()`): every rank gets as many windows, as `Window`,
+            at the end empty ones, which carry the first micro-batch of the epoch as a spare for `accumulate`. One
+            small collective a window, which is waited for; so no rank may leave the loop early.
 
     Returns:
-        An iterable of lists. It has a `len` (the number of updates, rounded up) if `micro_batches` has one.
+        An iterable of lists. It has a `len` (the number of updates, rounded up) if `micro_batches` has one; with a
+        group, it is the number that this rank's own micro-batches make.
         It lets go of a list before it reads the next one; a loop that ends with `del window` does too, and then
         the inputs of one window are held, not of two.
 
     Raises:
-        TypeError: `accumulation_steps` is not an int, or `micro_batches` cannot be iterated.
-        ValueError: `accumulation_steps` is below 1.
+        TypeError: `accumulation_steps` is not an int, `micro_batches` cannot be iterated, or `group` is no group.
+        ValueError: `accumulation_steps` is below 1; in the loop, on all ranks of a group, if one has no micro-batch.
+        RuntimeError: in the loop, if another rank of the group failed to read its micro-batches.
 
     Example:
         >>> list(windows(range(7), accumulation_steps=3))
@@ -78,7 +126,8 @@ def windows(micro_batches: Iterable[MicroBatch], accumulation_steps: int) -> Win
             "micro_batches must be something to iterate over, such as a DataLoader or a list, "
             f"but {micro_batches!r} is of type {type(micro_batches).__name__}."
         )
-    return Windows(micro_batches, accumulation_steps)
+    collective.refuse_unless_group(group)
+    return Windows(micro_batches, accumulation_steps, group)
 
 
 class Accumulated(NamedTuple):
@@ -99,7 +148,8 @@ class NonFiniteLoss(ArithmeticError):
     """The loss of some micro-batch is infinite or NaN; raised by `accumulate(..., nonfinite="raise")`.
 
     Attributes:
-        micro_batches: the indices of those micro-batches in the window.
+        micro_batches: the indices of those micro-batches in the window; on several ranks, in this rank's own, and
+            empty where only others are at fault. All of them call `accumulate` again.
     """
 
     def __init__(self, micro_batches: Sequence[int]) -> None:
@@ -107,6 +157,8 @@ class NonFiniteLoss(ArithmeticError):
         self.micro_batches = list(micro_batches)
 
     def __str__(self) -> str:
+        if not self.micro_batches:
+            return "The loss of a micro-batch on another rank is not finite: call accumulate again with this window."
         which = "micro-batch" + "es" * (len(self.micro_batches) > 1)
         listed = ", ".join(map(str, self.micro_batches))
         return f"The loss of {which} {listed} is not finite: leave out what is at fault and call accumulate again."
@@ -120,6 +172,8 @@ def accumulate(
     *,
     scaler: torch.amp.GradScaler | None = None,
     nonfinite: str = "pass",
+    sync: str = "last",
+    alone: bool = False,
 ) -> Accumulated:
     """Leave in `.grad` the gradient of the mean loss over the window, holding one micro-batch's activations.
 
@@ -127,13 +181,21 @@ def accumulate(
     alone by a forward that remembers nothing, divided by a number known beforehand. There the cut matters by rounding
     only; dividing by the number of micro-batches instead needs equal counts too (huggingface/transformers#34191).
     Elsewhere (BatchNorm in training, negatives or weights taken from the batch) the result is the gradient of the
-    window as it was cut: `check_split` says whether a loss may be cut. It never steps, clips, schedules or clears,
-    and it is for one process.
+    window as it was cut: `check_split` says whether a loss may be cut. It never steps, clips, schedules or clears.
+
+    On several processes, call it on all of them with the model in DistributedDataParallel or `fully_shard` (FSDP2,
+    HSDP), found through wrappers and `torch.compile`. Counts are added up over the ranks that it averages over, and
+    `.grad` is the gradient of the mean over all their items, which `loss` and `count` speak of too. Ranks may have
+    different numbers of items and micro-batches. Gradients are sent once, with the last pass. Where all ranks must
+    run as many passes (`fully_shard`, `sync="each"`, SyncBatchNorm), one with fewer micro-batches runs its last one
+    again with weight 0, which moves BatchNorm's statistics and draws random numbers once more.
 
     Args:
         model: the module that holds every parameter the loss trains, or a list or tuple of modules (two towers; a
-            loss with parameters of its own). Each `.grad` must be None.
-        window: the micro-batches of one update, whatever `loss_sum` and `count` take.
+            loss with parameters of its own). Each `.grad` must be None. On several processes, each trainable one is in
+            an engine over the same ranks, and `loss_sum` calls it and not what it wraps.
+        window: the micro-batches of one update, whatever `loss_sum` and `count` take. A `Window` with a spare, from
+            `windows(..., group=...)`, may be empty on some ranks.
         loss_sum: returns the **sum** of a micro-batch's losses, a tensor of shape () with a graph. Move the inputs to
             the device in it: then one micro-batch of them is there, not a window.
         count: returns the number of items in that sum (samples, target tokens), an int or a tensor of shape ().
@@ -145,7 +207,12 @@ def accumulate(
             this order and with clipping after `unscale_`.
         nonfinite: "pass" lets an infinite or NaN loss through, into every `.grad`; "raise" raises `NonFiniteLoss`
             after the last backward, and waits for the device once more. A finite loss whose gradient is not finite is
-            found by neither.
+            found by neither. On several ranks all raise together; leave micro-batches out by `window.without(...)`,
+            since a list that is made of a `Window` has lost its spare.
+        sync: on several processes, "last" sends the gradients with the window's last pass, and until then each rank
+            holds the whole gradient; "each" sends them with every pass, so that with `fully_shard` a rank holds its
+            shard alone.
+        alone: lets a model that is in no engine train on this process by itself while several run.
 
     Returns:
         `Accumulated(loss, count, losses)`: the window's mean loss, detached and unscaled, N, and None for one loss.
@@ -154,10 +221,13 @@ def accumulate(
         ValueError, TypeError: before the first forward, if the window is empty, the model has nothing to train,
             a `.grad` is not None, or a count is not a number, negative, not finite, or zero over the window;
             when it is seen, if a loss is not a scalar tensor with a graph; at the end, if no parameter has a gradient.
-        NotImplementedError: before the first forward, if several processes train together.
+            On several ranks, those before the first forward are raised on all of them together, each naming a rank.
+        NotImplementedError: before the first forward, if several processes train together and the model is in no
+            engine, or in one that is not supported (FSDP1, DDP with `join()`, parts with different groups or factors).
         NonFiniteLoss: a loss is not finite, with `nonfinite="raise"`.
         RuntimeError: after the first backward of a model's first window, if a hook has taken a `.grad` away, as an
-            optimizer in the backward pass does (LOMO, GaLore by layer): its step has been made.
+            optimizer in the backward pass does (LOMO, GaLore by layer): its step has been made. On several ranks, if
+            another one has refused the window, a pass went around the engine, or it has not sent all gradients.
         Exception: whatever `loss_sum` raises passes through (running out of memory too).
             After every error each `.grad` is None, so that the same window can be tried in smaller pieces
             (after the `except` block, which holds the failed graph while it runs). Buffers (BatchNorm's) and the
@@ -186,15 +256,30 @@ def accumulate(
         >>> result.count, model.weight.grad.item()
         (3, 3.0)
     """
-    window = list(window)
+    given, window = window, list(window)
+    spare = [given.spare] if isinstance(given, Window) and not window else []
     modules = refusals.modules_of(model)
-    if nonfinite not in ("pass", "raise"):
-        raise ValueError(f"nonfinite must be 'pass' or 'raise', but {nonfinite!r} was given.")
-    if not window:
-        raise ValueError("The window is empty: give accumulate at least one micro-batch.")
-    parameters = refusals.trainable_and_clear(modules)
-    refusals.refuse_several_processes(modules)
-    counts, totals = refusals.counts_and_totals([count(micro_batch) for micro_batch in window])
+    engine = collective.together(modules, alone=alone)
+
+    def checked() -> tuple[list[torch.nn.Parameter], list[Any]]:
+        if nonfinite not in ("pass", "raise"):
+            raise ValueError(f"nonfinite must be 'pass' or 'raise', but {nonfinite!r} was given.")
+        if sync not in ("last", "each"):
+            raise ValueError(f"sync must be 'last' or 'each', but {sync!r} was given.")
+        if not window and not (spare and engine):
+            raise ValueError("The window is empty: give accumulate at least one micro-batch.")
+        parameters = refusals.trainable_and_clear(modules)
+        return parameters, [count(micro_batch) for micro_batch in window or spare]
+
+    if engine is None:
+        parameters, counted = checked()
+        counts, totals = refusals.counts_and_totals(counted)
+        divisors: Mapping[Any, int | float] = totals
+    else:
+        parameters, counts, totals = engine.agree(
+            len(window), checked, each=sync == "each", raises=nonfinite == "raise"
+        )
+        divisors = {key: total / engine.divisor for key, total in totals.items()}  # it divides by D, and not by N
     if len(window) > 1:
         refusals.warn_of_batch_statistics(modules, len(window))
     if len(window) >= refusals.MANY:
@@ -202,50 +287,60 @@ def accumulate(
     first_window = refusals.is_new(modules)
     losses: dict[Any, list[Tensor]] = {key: [] for key, total in totals.items() if total}
     try:
+        if engine:
+            engine.begin()
         for index, micro_batch in enumerate(window):
-            loss = loss_sum(micro_batch)
-            if (
-                None in totals
-                and isinstance(loss, Tensor)
-                and loss.ndim == 0
-                and loss.requires_grad
-                and loss.is_floating_point()
-            ):
-                loss = loss / totals[None]
-                losses[None].append(loss.detach())
-            else:
-                loss = _divided(loss, index, counts[index], totals, losses)
-            if loss.requires_grad:  # a micro-batch that counts nothing may have no graph
-                loss = loss if scaler is None else scaler.scale(loss)
-                if first_window:
-                    with refusals.no_gradient_is_taken_away(parameters):
-                        loss.backward()  # type: ignore[no-untyped-call]
-                    refusals.SEEN.update(modules)
-                    first_window = False
+            with engine.during(index) if engine else nullcontext():
+                loss = loss_sum(micro_batch)
+                if (
+                    None in totals
+                    and isinstance(loss, Tensor)
+                    and loss.ndim == 0
+                    and loss.requires_grad
+                    and loss.is_floating_point()
+                ):
+                    loss = loss / divisors[None]
+                    losses[None].append(loss.detach())
                 else:
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    loss = _divided(loss, index, counts[index], divisors, losses)
+                if engine:
+                    engine.refuse_bypassed(loss, index)
+                if loss.requires_grad:  # a micro-batch that counts nothing may have no graph
+                    loss = loss if scaler is None else scaler.scale(loss)
+                    if first_window:
+                        with refusals.no_gradient_is_taken_away(parameters):
+                            loss.backward()  # type: ignore[no-untyped-call]
+                        refusals.SEEN.update(modules)
+                        first_window = False
+                    else:
+                        loss.backward()  # type: ignore[no-untyped-call]
             del loss  # so that nothing of this graph is alive during the next forward
+        if engine:
+            engine.fill_up(len(window), (window or spare)[-1], loss_sum, scaler)
+        means, bad = (engine.means if engine else _means)(losses, nonfinite == "raise")
         if all(parameter.grad is None for parameter in parameters):
             raise ValueError(
                 "No parameter of the model got a gradient: give accumulate the modules that loss_sum trains."
             )
-        if nonfinite == "raise":
-            finite = torch.stack([torch.stack(each).isfinite() for each in losses.values()]).all(dim=0)
-            if bad := [index for index, good in enumerate(finite.tolist()) if not good]:
-                raise NonFiniteLoss(bad)
-        means = {key: _mean(torch.stack(each)) for key, each in losses.items()}
+        if bad is not None:
+            raise NonFiniteLoss(bad)
     except BaseException:  # an interrupt too: half a window's gradient must not reach an optimizer
+        if engine:
+            engine.forget()
         for module in modules:
             for parameter in module.parameters():
                 parameter.grad = None
         raise
+    finally:
+        if engine:
+            engine.end()
     if None in totals:
         return Accumulated(means[None], totals[None])
     return Accumulated(torch.stack(list(means.values())).sum(), totals, means)
 
 
 def _divided(
-    given: Any, index: int, counts: dict[Any, Any], totals: dict[Any, int | float], losses: dict[Any, list[Tensor]]
+    given: Any, index: int, counts: dict[Any, Any], totals: Mapping[Any, int | float], losses: dict[Any, list[Tensor]]
 ) -> Tensor:
     """Return a micro-batch's part of a loss of several; each key's part is noted, detached, in `losses`."""
     sums = refusals.sums_of(given, counts, index)
@@ -255,5 +350,11 @@ def _divided(
     return torch.stack(parts).sum()
 
 
-def _mean(losses: Tensor) -> Tensor:
-    return losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32))
+def _means(losses: dict[Any, list[Tensor]], raises: bool) -> tuple[dict[Any, Tensor], list[int] | None]:
+    """Return each loss's mean, and with `raises` the micro-batches that are not finite, None if all are."""
+    bad = None
+    if raises:
+        finite = torch.stack([torch.stack(each).isfinite() for each in losses.values()]).all(dim=0)
+        bad = [index for index, good in enumerate(finite.tolist()) if not good] or None
+    stacked = {key: torch.stack(each) for key, each in losses.items()}
+    return {key: each.sum(dtype=torch.promote_types(each.dtype, torch.float32)) for key, each in stacked.items()}, bad

@@ -175,8 +175,6 @@ class Audit:
         trained = {each for group in self._optimizer.param_groups for each in group["params"]}
         if any(each.requires_grad and each not in trained for one in self._modules for each in one.parameters()):
             suspects.append("the step of another optimizer, if it came first")
-        if refusals.ranks() > 1:
-            suspects.append("other processes' micro-batches")
         return suspects
 
 
@@ -216,6 +214,7 @@ def audit(
     Raises:
         TypeError, ValueError: before the loop, if there is nothing to train, the optimizer is none, or
             `accumulation_steps` is no positive int; at the end, if `loss_sum` or `count` returns a dict.
+        NotImplementedError: before the loop, if several processes train together.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
@@ -239,6 +238,11 @@ def audit(
             raise TypeError(f"{name} must be a function of a micro-batch, but {type(function).__name__} was given.")
     modules = refusals.modules_of(model)
     refuse_to_borrow(modules, None)
+    if (several := refusals.ranks()) > 1:
+        raise NotImplementedError(
+            f"{several} processes train together, and audit sees this one's micro-batches only: audit the same loop in "
+            "one process, on the model that is not wrapped."
+        )
 
     def one_loss(given: Any, name: str) -> Any:
         if isinstance(given, Mapping):

@@ -100,7 +100,7 @@ def refuse_several_processes(modules: Sequence[nn.Module], *, wrapped_only: bool
         )
     if not wrapped_only:
         raise NotImplementedError(
-            f"{ranks()} processes train together, and accumulate is for one: it would count this process's items only."
+            f"{ranks()} processes train together, and this is for one: it would see this process's items only."
         )
 
 
@@ -202,6 +202,18 @@ def counts_and_totals(counts: Sequence[Any]) -> tuple[list[dict[Any, Any]], dict
     """
     if all(type(value) is int and value > 0 for value in counts):  # the usual case, spared the slower checks
         return [{None: value} for value in counts], {None: int(sum(counts))}
+    keys, table = checked_counts(counts)
+    of_each = counts_of_each(keys, table, _read(table))
+    totals = {key: sum(each[key] for each in of_each) for key in keys}
+    if not any(totals.values()):
+        raise ValueError(
+            f"count returned 0 for all {len(counts)} micro-batches: skip this window, its mean has no gradient."
+        )
+    return of_each, totals
+
+
+def checked_counts(counts: Sequence[Any]) -> tuple[list[Any], list[list[Any]]]:
+    """Return the keys, and a row of values for each micro-batch; refuse what is no number, without a look at it."""
     keys = list(counts[0]) if isinstance(counts[0], Mapping) else [None]
     if not keys:
         raise ValueError("count returned an empty dict: give each loss a key.")
@@ -225,19 +237,26 @@ def counts_and_totals(counts: Sequence[Any]) -> tuple[list[dict[Any, Any]], dict
                     "count must return the number of items as an int or a tensor of shape (), "
                     f"but for micro-batch {index} it returned {given}; for several losses, return dicts."
                 )
-    numbers = _read(table)
-    for index, number in ((index, number) for index, row in enumerate(numbers) for number in row):
-        if not 0 <= number < math.inf:  # a NaN fails this too
-            raise ValueError(
-                f"count must return a finite number of at least 0, but for micro-batch {index} it returned {number}."
-            )
-    of_each = [dict(zip(keys, row, strict=True)) for row in numbers]
-    totals = {key: sum(each[key] for each in of_each) for key in keys}
-    if not any(totals.values()):
-        raise ValueError(
-            f"count returned 0 for all {len(counts)} micro-batches: skip this window, its mean has no gradient."
-        )
-    return of_each, totals
+    return keys, table
+
+
+def counts_of_each(keys: list[Any], table: list[list[Any]], read: list[list[Any]]) -> list[dict[Any, int | float]]:
+    """Return the counts of each micro-batch by key; refuse what is negative or not finite."""
+    whole = [
+        [isinstance(value, Integral) or (isinstance(value, Tensor) and not value.is_floating_point()) for value in row]
+        for row in table
+    ]
+    for index, row in enumerate(read):
+        for number in row:
+            if not 0 <= number < math.inf:  # a NaN fails this too
+                raise ValueError(
+                    "count must return a finite number of at least 0, "
+                    f"but for micro-batch {index} it returned {number}."
+                )
+    return [
+        {key: int(number) if is_whole else float(number) for key, number, is_whole in zip(keys, *both, strict=True)}
+        for both in zip(read, whole, strict=True)  # NumPy's integers would overflow
+    ]
 
 
 def _read(table: list[list[Any]]) -> list[list[Any]]:
@@ -248,15 +267,7 @@ def _read(table: list[list[Any]]) -> list[list[Any]]:
             tensors = [tensor.cpu() for tensor in tensors]
         tensors = [tensor.double() for tensor in tensors]
     read = iter(torch.stack(tensors).tolist() if tensors else [])
-    plain = [[next(read) if isinstance(value, Tensor) else value for value in row] for row in table]
-    whole = [
-        [isinstance(value, Integral) or (isinstance(value, Tensor) and not value.is_floating_point()) for value in row]
-        for row in table
-    ]
-    return [
-        [int(number) if is_whole else float(number) for number, is_whole in zip(*both, strict=True)]  # NumPy's overflow
-        for both in zip(plain, whole, strict=True)
-    ]
+    return [[next(read) if isinstance(value, Tensor) else value for value in row] for row in table]
 
 
 def _is_number(value: Any) -> bool:

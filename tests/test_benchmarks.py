@@ -10,7 +10,7 @@ from unittest.mock import create_autospec
 import pytest
 import torch
 
-from gradaccum.memory.pretend import WORKSPACE
+from gradaccum.memory.libraries import WORKSPACE
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import gpu_memory

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from gradaccum import accumulate
 from gradaccum.memory import ROLES, measure_memory, plan_micro_batches, predict_memory
+from gradaccum.memory.libraries import WORKSPACE
 from gradaccum.memory.plan import _budget_bytes
-from gradaccum.memory.pretend import WORKSPACE
 from gradaccum.models import GPT, embedding_linear
 
 LENGTH, VOCABULARY = 4, 60

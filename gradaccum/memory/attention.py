@@ -26,6 +26,11 @@ def attention(
     The choice among the kernels is torch's (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp): FlashAttention for
     16 bits without a mask, the memory-efficient one for other cases, plain operations for what neither takes. The
     first two hold their inputs, the output and a float32 logsumexp, and never the scores, dropout or not.
+
+    Example:
+        >>> query = torch.empty(2, 4, 64, 16, device="meta")
+        >>> attention(query, query, query, dropout_p=0.1).shape
+        torch.Size([2, 4, 64, 16])
     """
     if torch.is_autocast_enabled("cpu"):  # which a prediction for CUDA uses in the place of CUDA's
         low = torch.get_autocast_dtype("cpu")

@@ -9,10 +9,12 @@ from itertools import accumulate
 from typing import Any, Final, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Private, but the only way to see each operation's result, those of backward too, without touching the model.
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from gradaccum import ranks
 
 CPU: Final = torch.device("cpu")
 # What a storage is called at first because of when it was made; it may turn out to be a gradient or a state.
@@ -76,6 +78,7 @@ class Following(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Args:
         known: what is held at the start, by role: tensors, in lists, tuples and dicts.
         optimizers: whose steps and states are told apart.
+        sharded: modules of `fully_shard`, which hide the gradients that they have not sent.
         device: the one to look at.
         timeline: keep a record of the storages that are free again too.
     """
@@ -86,12 +89,14 @@ class Following(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self,
         known: Mapping[str, list[Any]],
         optimizers: Iterable[torch.optim.Optimizer],
+        sharded: Iterable[nn.Module],
         device: torch.device,
         timeline: bool,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._known, self._device, self._timeline = dict(known), device, timeline
         self._optimizers = weakref.WeakSet(optimizers)
+        self._in_backward, self._sharded = False, weakref.WeakSet(sharded)
         self._live: dict[int, _Record] = {}
         self._gone: list[_Record] = []  # alive at the peak, free since; all that are free, for a timeline
         # Time is counted in storages made and freed.
@@ -140,6 +145,10 @@ class Following(TorchDispatchMode):  # type: ignore[no-untyped-call]
             # An argument's storage that is not followed was made before the block, and so is not counted.
             for storage, _ in storages_on(self._device, [args, kwargs]):
                 made.pop(id(storage), None)
+        if made and self._sharded:
+            before, self._in_backward = self._in_backward, torch._C._current_graph_task_id() != -1
+            if before and not self._in_backward:  # no hook says when a gradient that is not sent is complete
+                self._label(ranks.unsent_in(self._sharded), "gradients")
         for storage, tensor in made.values():
             if func is not _aten.lift_fresh.default or storage.resizable():  # else NumPy owns the memory
                 self._add(storage, tensor, func, self._role_now())

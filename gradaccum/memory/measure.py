@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from gradaccum import ranks
 from gradaccum.memory.follow import CPU, Following, Held, storages_on
 
 
@@ -97,8 +98,11 @@ class measure_memory(Following):  # type: ignore[no-untyped-call]
     `step()`), "backward temporaries" (made in backward, what checkpointing computes again included),
     "optimizer temporaries" (made in a known optimizer's `step()`).
 
+    Under `fully_shard` the gradients that were not sent yet, which no parameter's `.grad` has, are gradients too.
+
     Not followed: storages made before the block and not given; memory within a kernel (an LSTM, or bfloat16 on
-    the CPU, may hold some); memory that NumPy owns; tensors made in other threads or processes. Do not
+    the CPU, may hold some); memory that NumPy owns; tensors made in other threads or processes; the buckets of
+    DistributedDataParallel, the gradients once more (or, as views, the only time), made when it is. Do not
     compile the code of a block that is followed: under `torch.compile` one would measure a run that is not
     compiled. (The device's own counters see compiled code as it is.)
 
@@ -140,16 +144,22 @@ class measure_memory(Following):  # type: ignore[no-untyped-call]
         self, *known: object, device: str | torch.device | None = None, roles: bool = False, timeline: bool = False
     ) -> None:
         found: dict[str, list[Any]] = {role: [] for role in self.roles}
-        optimizers, compiled = list[torch.optim.Optimizer](), set[str]()
+        optimizers, modules = list[torch.optim.Optimizer](), list[nn.Module]()
         for thing in known:
-            _sort(thing, found, optimizers, compiled)
+            _sort(thing, found, optimizers, modules)
         chosen = chosen_device(device, found["parameters"] + found["inputs"])
         self._counters = None if chosen is CPU else DeviceCounters(chosen)
         self._follows = chosen is CPU or roles or timeline
+        # The two marks that torch.compile(module) and module.compile() leave, read without importing dynamo.
+        compiled = [
+            type(one).__name__
+            for one in modules
+            if any("_orig_mod" in each._modules or vars(each).get("_compiled_call_impl") for each in one.modules())
+        ]
         if self._follows and compiled:
-            given = f"measure_memory was given a compiled {min(compiled)} and would measure it uncompiled"
+            given = f"measure_memory was given a compiled {compiled[0]} and would measure it uncompiled"
             raise NotImplementedError(f"{given}: give it the plain module, and run that one in the block.")
-        super().__init__(found, optimizers, chosen, timeline)
+        super().__init__(found, optimizers, ranks.sharded_in(modules), chosen, timeline)
         if self._follows:
             list(storages_on(self._device, self._known))  # refuses what cannot be, before anything is changed
 
@@ -188,16 +198,14 @@ def _sort(
     thing: object,
     known: dict[str, list[Any]],
     optimizers: list[torch.optim.Optimizer],
-    compiled: set[str],
+    modules: list[nn.Module],
     nested: bool = False,
 ) -> None:
-    """Put a thing where it belongs, by role; note an optimizer, and the name of a compiled module."""
+    """Put a thing where it belongs, by role; note the optimizers and the modules."""
     if isinstance(thing, Tensor):
         known["inputs"].append(thing)
     elif isinstance(thing, nn.Module):
-        # The two marks that torch.compile(module) and module.compile() leave, read without importing dynamo.
-        if any("_orig_mod" in m._modules or vars(m).get("_compiled_call_impl") for m in thing.modules()):
-            compiled.add(type(thing).__name__)
+        modules.append(thing)
         known["parameters"] += (*thing.parameters(), *thing.buffers())
     elif within := optimizers_in(thing):
         for each in within:
@@ -206,7 +214,7 @@ def _sort(
         optimizers += within
     elif isinstance(thing, list | tuple | Mapping):
         for item in thing.values() if isinstance(thing, Mapping) else thing:
-            _sort(item, known, optimizers, compiled, nested=True)
+            _sort(item, known, optimizers, modules, nested=True)
     elif not (nested and (thing is None or isinstance(thing, str | bytes | int | float))):
         given = f"measure_memory was given {thing!r:.80}, a {type(thing).__name__}"
         raise TypeError(f"{given}: give it modules, optimizers, tensors, or lists, tuples and dicts of them.")

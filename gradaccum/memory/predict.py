@@ -83,6 +83,10 @@ def predict_memory(
     25 figures that others measured on an A100 are predicted to the last digit (`benchmarks/published.py`): single
     layers, forward and backward. No whole training step on a GPU has been compared yet.
 
+    One rank of a model in `fully_shard` is predicted on torch's `fake` process group, which no other rank joins:
+    initialize it before, make the mesh outside of `build` and shard in it. `accumulate` then takes the other ranks
+    to have what this one has.
+
     Args:
         build: makes everything afresh, without arguments: the model, the optimizer, the data. It may return a
             tuple or a list; anything else is passed to `step` as its one argument.
@@ -97,8 +101,8 @@ def predict_memory(
         TypeError: `build` or `step` is not callable, or `device` is no device.
         ValueError: a tensor made outside of `build` and `step` is used in them.
         NotImplementedError: no number can be given: another device, recurrent layers, `nn.EmbeddingBag`, LBFGS,
-            compiled code, sparse tensors, a shape that depends on values, an operation that torch cannot run
-            without data.
+            compiled code, DistributedDataParallel, sparse tensors, a shape that depends on values, an operation that
+            torch cannot run without data.
         Exception: what `build` and `step` raise passes through.
 
     Example:

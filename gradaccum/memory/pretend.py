@@ -29,14 +29,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from gradaccum.memory.attention import attention
+from gradaccum.memory.libraries import Workspaces
 from gradaccum.memory.measure import optimizers_in
 from gradaccum.memory.values import Values
 
-WORKSPACE: Final = 8_519_680  # bytes; `Workspaces` says whose
 _aten = torch.ops.aten
-_MATMULS: Final = {
-    getattr(_aten, name) for name in ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "vdot", "addbmm", "linear")
-}
 # On a CPU and on CUDA these reduce into the memory of the loss of each element, and keep all of it.
 _KEEP_ALL: Final = {
     _aten.mse_loss.default,
@@ -121,32 +118,16 @@ def _host(value: Any, key: str = "") -> Any:
 
 
 def followed(built: object) -> list[Any]:
-    """Pick what measure_memory takes; a scaler, a schedule or a function is passed over."""
+    """Pick what measure_memory takes; a scaler or a function is passed over.
+
+    Example:
+        >>> followed([torch.zeros(2), {"how many": 3}, len])
+        [tensor([0., 0.])]
+    """
     if isinstance(built, list | tuple | Mapping):
         items = built.values() if isinstance(built, Mapping) else built
         return [found for item in items for found in followed(item)]
     return [built] if isinstance(built, Tensor | nn.Module) else [*optimizers_in(built)]
-
-
-class Workspaces:
-    """What cuBLAS holds on CUDA: a block for each thread that multiplies matrices, from the first time on.
-
-    torch's default for devices before Hopper, 2 x 4,096 + 8 x 16 KiB (`parseChosenWorkspaceSize` in
-    aten/src/ATen/cuda/CublasHandlePool.cpp); Hopper's is said to be 32 MiB, which no figure at hand confirms.
-    """
-
-    def __init__(self, device: str) -> None:
-        self._is_counted = device == "cuda"
-        self.held: dict[str, Tensor] = {}
-
-    def made_for(self, func: Any) -> Tensor | None:
-        """Return the block that an operation makes torch allocate, if it does."""
-        # Private: nothing public tells whether a backward is running. On CUDA it has a thread of its own.
-        thread = "forward" if torch._C._current_graph_task_id() == -1 else "backward"
-        if not self._is_counted or thread in self.held or func.overloadpacket not in _MATMULS:
-            return None
-        self.held[thread] = torch.empty(WORKSPACE, dtype=torch.uint8)
-        return self.held[thread]
 
 
 class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -278,11 +259,18 @@ def _replaced(device: str) -> Iterator[None]:
     def compiled(*args: Any, **options: Any) -> None:
         raise NotImplementedError("Compiled code is not predicted: leave torch.compile out of build and step.")
 
+    def replicated(*args: Any, **options: Any) -> None:
+        raise NotImplementedError(
+            "DistributedDataParallel is not predicted, since its buckets are made out of sight: predict the model that "
+            "it wraps, and add the bytes of the gradients once."
+        )
+
     places: list[tuple[Any, str, Any]] = [
         (torch.autocast, "__init__", autocast_on_host),
         (torch.amp.GradScaler, "__init__", scaler_on_host),
         (nn.Module, "_apply", apply),  # private: all of to(), cuda(), half() ... are made of it
         (nn.Module, "compile", compiled),
+        (nn.parallel.DistributedDataParallel, "__init__", replicated),
         (torch, "compile", compiled),
         (torch.autograd, "_engine_run_backward", run_backward),  # private: both backward() and grad() come to it
         (torch._subclasses, "FakeTensor", _NotFake),  # what libraries ask for; torch itself has it from elsewhere
@@ -328,7 +316,13 @@ class _NotFake(metaclass=_Asked):
 
 @contextmanager
 def without_data(device: str, tick: Callable[[], None]) -> Iterator[Operations]:
-    """Let the block's tensors have no data, and operations do what they do on `device`; give what is noted of them."""
+    """Let the block's tensors have no data, and operations do what they do on `device`; give what is noted of them.
+
+    Example:
+        >>> with without_data("cpu", lambda: None):
+        ...     torch.zeros(10**12).shape
+        torch.Size([1000000000000])
+    """
     with ExitStack() as stack:
         stack.enter_context(_disable_current_modes())
         stack.enter_context(torch.random.fork_rng(devices=[]))  # a seed set in `build` is not left behind

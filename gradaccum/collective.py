@@ -1,0 +1,304 @@
+"""One window on several ranks: what they agree on before the first forward, the passes, and the global loss."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gradaccum import ranks, refusals
+from gradaccum.ranks import Group, Replicated, Sharded
+
+ERRORS: Final = (ValueError, TypeError, NotImplementedError, RuntimeError)
+SLOTS: Final = 8  # losses whose counts fit into the one table; more are summed in a second one
+
+
+class Row(NamedTuple):
+    """What a rank tells the others before the first forward."""
+
+    rank: float
+    micro_batches: float
+    refusal: float  # 0, or 1 and more: one of ERRORS
+    divisor: float
+    lockstep: float  # every pass needs all ranks
+    each: float  # every pass sends
+    raises: float  # nonfinite="raise"
+    keys: float  # a digest of the losses' names
+
+
+class Together:
+    """The ranks of one window, for one of them; made by `together`.
+
+    Attributes:
+        divisor: D, what the engine divides a sum over the ranks by.
+        passes: how many forward and backward passes this rank runs; known after `agree`.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], parts: Sequence[Replicated | Sharded]) -> None:
+        self._modules, self._parts = modules, parts
+        first = parts[0]
+        self._groups, self.divisor, self._device = first.groups, first.divisor, first.device
+        self.passes, self._each, self._lockstep, self._waits = 0, False, False, False
+        self._rank, self._size = 0, 1
+        for group in self._groups:
+            self._rank, self._size = self._rank + self._size * group.rank(), self._size * group.size()
+        default = torch.distributed.is_initialized()
+        self.name = torch.distributed.get_rank() if default else self._rank  # as the user knows it
+
+    def agree(
+        self,
+        micro_batches: int,
+        check: Callable[[], tuple[list[nn.Parameter], list[Any]]],
+        *,
+        each: bool,
+        raises: bool,
+    ) -> tuple[list[nn.Parameter], list[dict[Any, Any]], dict[Any, int | float]]:
+        """Return trainable parameters, own counts and all ranks' totals, or raise on all ranks together.
+
+        `check` returns the parameters and the counts, those of a spare where there are no micro-batches.
+        One collective, and one wait for the device, which reads this rank's counts too.
+        """
+        error: Exception | None = None
+        parameters, keys, table = list[nn.Parameter](), list[Any]([None]), list[list[Any]]()
+        order, own = [0], self._matrix([], [0])
+        try:
+            self._refuse()
+            parameters, counted = check()
+            keys, table = refusals.checked_counts(counted)
+            table = table[:micro_batches]
+            order = sorted(range(len(keys)), key=lambda index: repr(keys[index]))
+            own = self._matrix(table, order)
+        except Exception as caught:
+            error = caught
+        kind = next((index for index, one in enumerate(ERRORS, 1) if isinstance(error, one)), len(ERRORS))
+        digest = hashlib.blake2b(repr([keys[index] for index in order]).encode(), digest_size=6).digest()
+        each = each or any(part.sends_each for part in self._parts)
+        row = Row(
+            rank=self.name,
+            micro_batches=micro_batches,
+            refusal=kind if error else 0,
+            divisor=self.divisor,
+            lockstep=each or any(part.lockstep for part in self._parts) or self._talks(),
+            each=each,
+            raises=raises,
+            keys=int.from_bytes(digest, "big"),
+        )
+        rows, sums, numbers = self._exchange(row, own)
+        with _naming(self.name):
+            if error is not None:
+                raise error
+            read = [[line[order.index(index)] for index in range(len(order))] for line in numbers]
+            counts = refusals.counts_of_each(keys, table, read)
+        self._refuse_together(rows)
+        if len(order) > SLOTS:
+            sums = self._summed(own.sum(0)).tolist()
+        whole = all(type(number) is int for each_of in counts for number in each_of.values())
+        totals = {
+            keys[index]: int(total) if whole and total == int(total) else total
+            for index, total in zip(order, sums, strict=False)
+        }
+        if not any(totals.values()):
+            raise ValueError(
+                f"count returned 0 for all micro-batches of all {self._size} ranks: skip this window, its mean has no "
+                "gradient."
+            )
+        self._each = any(other.each for other in rows)
+        self._lockstep = any(other.lockstep for other in rows)
+        most = int(max(other.micro_batches for other in rows))
+        self.passes = most if self._lockstep else max(micro_batches, 1)
+        return parameters, counts, {key: totals[key] for key in keys}
+
+    def _refuse(self) -> None:
+        covered = set[int]()
+        for part in self._parts:
+            covered |= part.refuse()
+            if part.divisor != self.divisor or [*map(ranks.members, part.groups)] != [
+                *map(ranks.members, self._groups)
+            ]:
+                raise NotImplementedError(
+                    "The modules are averaged over different groups or with different factors: "
+                    "give accumulate modules of one group."
+                )
+        for name, parameter in refusals.named(self._modules, "parameters").items():
+            if parameter.requires_grad and id(parameter) not in covered:
+                raise ValueError(
+                    f"Parameter {name!r} is trainable and no engine averages it, so that each rank would train its "
+                    "own: wrap the module that holds it too."
+                )
+
+    def _talks(self) -> bool:
+        """Return whether the ranks exchange something in each forward."""
+        modules = refusals.inner(self._modules)
+        return any(isinstance(module, nn.SyncBatchNorm) and module.training for module in modules)
+
+    def _matrix(self, counts: list[list[Any]], order: list[int]) -> Tensor:
+        flat = [row[index] for row in counts for index in order]
+        if any(isinstance(value, Tensor) for value in flat):
+            values = [torch.as_tensor(value, dtype=torch.float64, device=self._device) for value in flat]
+            return torch.stack(values).view(len(counts), len(order))
+        return torch.tensor(flat, dtype=torch.float64, device=self._device).view(len(counts), len(order))
+
+    def _summed(self, tensor: Tensor) -> Tensor:
+        for group in self._groups:
+            torch.distributed.all_reduce(tensor, group=group)
+        return tensor
+
+    def _exchange(self, row: Row, own: Tensor) -> tuple[list[Row], list[float], list[list[float]]]:
+        """Return all ranks' rows, the sums of their counts, and this rank's own counts as numbers."""
+        bad = ~((own >= 0) & (own < math.inf))
+        told = torch.tensor(row, dtype=torch.float64).to(self._device)
+        told[Row._fields.index("refusal")] += bad.any() * (told[Row._fields.index("refusal")] == 0)  # a ValueError
+        table = told.new_zeros(self._size, len(row) + SLOTS)
+        table[self._rank, : len(row)] = told
+        fit = own[:, :SLOTS].sum(0)
+        table[self._rank, len(row) : len(row) + len(fit)] = fit
+        table = self._summed(table)
+        read = torch.cat([table.flatten(), own.flatten()]).tolist()
+        numbers = read[table.numel() :]
+        counts = [numbers[start : start + own.shape[1]] for start in range(0, len(numbers), own.shape[1])]
+        if ranks.is_predicted(table):  # values are guesses: the other ranks do as this one
+            return [row] * self._size, [self._size * sum(column) for column in zip(*counts, strict=True)], counts
+        lines = [read[start : start + table.shape[1]] for start in range(0, table.numel(), table.shape[1])]
+        sums = [math.fsum(column) for column in zip(*(line[len(row) :] for line in lines), strict=True)]
+        return [Row(*line[: len(row)]) for line in lines], sums[: own.shape[1]], counts
+
+    def _refuse_together(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            if row.refusal:
+                raise ERRORS[int(row.refusal) - 1](f"Rank {row.rank:.0f} refused this window; its own error says why.")
+        for name, what in (
+            ("keys", "count must return the same keys on all ranks"),
+            ("divisor", "the engine must divide by the same factor on all ranks"),
+            ("raises", "nonfinite must be the same on all ranks"),
+        ):
+            if other := next((row for row in rows if getattr(row, name) != getattr(rows[0], name)), None):
+                raise ValueError(f"{what}, but ranks {rows[0].rank:.0f} and {other.rank:.0f} differ.")
+
+    def begin(self) -> None:
+        """Watch the engine's forwards."""
+        for part in self._parts:
+            part.begin()
+
+    def forget(self) -> None:
+        """Leave nothing of an unfinished window behind, but for `.grad`."""
+        for part in self._parts:
+            part.forget()
+
+    def end(self) -> None:
+        """Leave the engine as it was."""
+        for part in self._parts:
+            part.end()
+
+    @contextmanager
+    def during(self, number: int) -> Iterator[None]:
+        """Send the gradients of this pass, or keep them; `number` counts from 0."""
+        sends = self._each or number == self.passes - 1
+        self._waits = sends or self._lockstep
+        with ExitStack() as stack:
+            for part in self._parts:
+                stack.enter_context(part.passing(sends))
+            yield
+
+    def refuse_bypassed(self, loss: Any, number: int) -> None:
+        """Raise if the engine's own forward did not run, or if its backward will not."""
+        if not all(part.ran() for part in self._parts) and (self._waits or loss.requires_grad):
+            raise RuntimeError(
+                f"Pass {number} on rank {self.name} did not call the model that was given, as where loss_sum calls "
+                "model.module, so that its gradient would not be averaged: call the wrapped model."
+            )
+        if isinstance(loss, Tensor) and not loss.requires_grad and self._waits:
+            raise ValueError(
+                f"loss_sum returned a loss without a graph in pass {number} on rank {self.name}, where the other "
+                "ranks wait for its backward: compute it from the model's output, also where it counts nothing."
+            )
+
+    def fill_up(self, done: int, micro_batch: Any, loss_sum: Callable[[Any], Any], scaler: Any) -> None:
+        """Run the passes that the other ranks wait for, with weight 0, and raise if not all was sent then."""
+        for number in range(done, self.passes):
+            with self.during(number):
+                loss = loss_sum(micro_batch)
+                if isinstance(loss, Mapping):
+                    loss = torch.stack(list(loss.values())).sum()
+                refusals.refuse_unless_scalar_with_graph(loss, f"pass {number}", graph=False)
+                self.refuse_bypassed(loss, number)
+                self._dtype = loss.dtype
+                if scaler is not None:
+                    loss = scaler.scale(loss)
+                # Not a factor of 0, which makes NaN of what is infinite.
+                leaves = [leaf for part in self._parts for leaf in part.leaves()]
+                handles = [leaf.register_hook(torch.zeros_like) for leaf in leaves]  # type: ignore[no-untyped-call]
+                try:
+                    loss.backward()
+                finally:
+                    for handle in handles:
+                        handle.remove()
+            del loss
+        for part in self._parts:
+            part.refuse_unsent()
+
+    def means(self, losses: dict[Any, list[Tensor]], raises: bool) -> tuple[dict[Any, Tensor], list[int] | None]:
+        """Return the global means by key, and with `raises` the micro-batches that are not finite, None if all are.
+
+        `losses` are those of this rank's micro-batches, each over N / D. One small collective; it is waited for only
+        with `raises`, and the list is empty if the others' are at fault.
+        """
+        keys = sorted(losses, key=repr)
+        rows = [torch.stack(losses[key]) if losses[key] else torch.zeros(0, dtype=self._dtype) for key in keys]
+        values = torch.stack(rows).to(self._device, torch.float64)
+        finite = values.isfinite().all(0)
+        told = self._summed(torch.cat([values.sum(1), (~finite).sum().double().view(1)]))
+        bad = None
+        if raises:
+            anywhere, *here = torch.cat([told[-1:], finite.double()]).tolist()
+            bad = [index for index, good in enumerate(here) if not good] if anywhere else None
+        means = (told[:-1] / self.divisor).to(torch.promote_types(rows[0].dtype, torch.float32))
+        found = dict(zip(keys, means.unbind(), strict=True))
+        return {key: found[key] for key in losses}, bad
+
+
+@contextmanager
+def _naming(rank: int) -> Iterator[None]:
+    try:
+        yield
+    except ERRORS as error:
+        if len(error.args) == 1 and isinstance(error.args[0], str):
+            error.args = (f"On rank {rank}: {error.args[0]}",)
+        raise
+
+
+def together(modules: Sequence[nn.Module], *, alone: bool = False) -> Together | None:
+    """Return what holds the ranks of a window together, None where one process trains alone."""
+    parts = ranks.engines_of(modules, alone=alone)
+    return Together(modules, parts) if parts else None
+
+
+def refuse_unless_group(group: Any) -> None:
+    """Raise TypeError unless `group` is None or a process group."""
+    if group is not None and not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(
+            "group must be a process group such as torch.distributed.group.WORLD, or the mesh's get_group(), but "
+            f"{group!r} is of type {type(group).__name__}."
+        )
+
+
+def any_has_more(group: Group, more: bool, spare: bool, error: Exception | None) -> bool:
+    """Return whether some rank has a window more; raise on all ranks where one has failed, or never had any.
+
+    One collective of as many numbers as there are ranks, which is waited for.
+    """
+    told = torch.zeros(group.size(), device=ranks.device_of(group))
+    told[group.rank()] = 3 if error is not None else 1 if more else 0 if spare else 2
+    torch.distributed.all_reduce(told, group=group)
+    states = told.tolist()
+    if error is not None:
+        raise error
+    if 3 in states:
+        raise RuntimeError(f"Rank {states.index(3)} failed to read its micro-batches; its own error says why.")
+    if 1 in states and 2 in states:
+        raise ValueError(f"Rank {states.index(2)} has no micro-batch at all: give each rank one at least.")
+    return 1 in states

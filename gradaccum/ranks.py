@@ -1,0 +1,312 @@
+"""What a data-parallel engine does to gradients: among whom it averages, divided by what, and when it sends.
+
+The engines are torch's own: DistributedDataParallel (DDP) and `fully_shard` (FSDP2; HSDP where it also replicates).
+Every private name of theirs that `accumulate` needs is read in this file, with the reason. What the ranks say to each
+other is in `collective`.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from gradaccum import refusals
+
+Group: TypeAlias = Any  # torch.distributed.ProcessGroup, which a torch without distributed lacks
+
+
+class Replicated:
+    """A DistributedDataParallel."""
+
+    lockstep = False  # only a pass that sends needs the other ranks
+
+    def __init__(self, module: nn.parallel.DistributedDataParallel) -> None:
+        self.module, self.groups = module, (module.process_group,)
+        self.divisor = float(module.process_group.size())
+        self.device, self._ran = module.device, False
+
+    @property
+    def sends_each(self) -> bool:
+        """Return whether every pass of this window has to send."""
+        # Private: a static graph is recorded in the first pass that sends, and torch asserts where one came before it.
+        return self.module.static_graph and not self.module._static_graph_delay_allreduce_enqueued
+
+    def refuse(self) -> set[int]:
+        """Raise for what would be silently wrong; return the ids of the parameters that are averaged."""
+        module = self.module
+        if not module.require_backward_grad_sync:
+            raise RuntimeError("accumulate was called within no_sync(): call it outside, it sends when it should.")
+        # Private: both change who divides, and when.
+        if module._join_config.enable or module._delay_all_reduce_params:
+            what = "delay_all_reduce_named_params" if module._delay_all_reduce_params else "join()"
+            raise NotImplementedError(f"DistributedDataParallel with {what} is not supported: leave it out.")
+        inside = engines_in([module.module])
+        if inside:
+            raise NotImplementedError(
+                f"DistributedDataParallel has {type(inside[0]).__name__} inside, which averages too: use one of them."
+            )
+        ignored = module.parameters_to_ignore
+        named = dict(module.module.named_parameters())
+        trained = {id(each) for name, each in named.items() if each.requires_grad and name not in ignored}
+        # Private, but only the reducer knows which parameters were trainable when it was made.
+        known = module._get_ddp_logging_data()["num_parameter_tensors"]  # type: ignore[no-untyped-call]
+        if len(trained) > known or (len(trained) < known and not module.find_unused_parameters):
+            raise ValueError(
+                f"The model has {len(trained)} trainable parameters and had {known} when DistributedDataParallel was "
+                "made: freeze or unfreeze first, and wrap the model then."
+            )
+        return trained
+
+    def begin(self) -> None:
+        """Watch the forwards of a window."""
+
+        def note(*_: Any) -> None:
+            self._ran = True
+
+        self._handle = self.module.register_forward_pre_hook(note)
+
+    @contextmanager
+    def passing(self, sends: bool) -> Iterator[None]:
+        """Send the gradients of the pass in this block, or keep them."""
+        self._ran = False
+        if sends:
+            yield
+        else:
+            with self.module.no_sync():  # around the forward too: it is there that DDP decides
+                yield
+
+    def ran(self) -> bool:
+        """Return whether this pass went through the engine's own forward."""
+        return self._ran
+
+    def leaves(self) -> list[Tensor]:
+        """Return what autograd accumulates gradients in."""
+        return [each for each in self.module.parameters() if each.requires_grad]
+
+    def end(self) -> None:
+        """Leave the engine as it was."""
+        self._handle.remove()
+
+    def refuse_unsent(self) -> None:
+        """Raise if the window's last pass has not sent everything."""
+        try:  # private: torch itself looks at the next forward, after the step
+            self.module._check_reducer_finalized()  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            raise RuntimeError(
+                "DistributedDataParallel has not averaged all gradients, since some parameters got none in the last "
+                "pass: set find_unused_parameters=True, or freeze them before it is made."
+            ) from error
+
+    def forget(self) -> None:
+        """Leave nothing of an unfinished window behind, but for `.grad`."""
+
+
+class Sharded:
+    """All modules of one `fully_shard` model."""
+
+    lockstep = True  # every pass gathers the parameters
+    sends_each = False
+
+    def __init__(self, modules: Sequence[Any]) -> None:
+        self.modules = modules
+        # Private, here and below: the group, the divisor and the gradients of passes that did not send are nowhere
+        # else. The states, their parameter groups and these groups' parameters are all that is read.
+        self._states = list({id(each): each for each in (one._get_fsdp_state() for one in modules)}.values())
+        self._parts = [part for state in self._states for part in state._fsdp_param_groups]
+        trained = [part for part in self._parts if any(each.sharded_param.requires_grad for each in part.fsdp_params)]
+        self.kinds = {(self._groups(part), self._divisor(part)): part for part in trained}
+        (self.groups, self.divisor), part = next(iter(self.kinds.items()))
+        self.device = part.device
+        inner = set[int]()
+        self._outer = []
+        for module in modules:  # the outer ones come first
+            if id(module) not in inner:
+                self._outer.append(module._get_fsdp_state())
+                inner.update(map(id, module.modules()))
+        self._before: list[int] = []
+
+    @staticmethod
+    def _groups(part: Any) -> tuple[Group, ...]:
+        names = ("shard_process_group", "replicate_process_group")  # both: HSDP
+        return tuple(getattr(part.mesh_info, name) for name in names if hasattr(part.mesh_info, name))
+
+    @classmethod
+    def _divisor(cls, part: Any) -> float:
+        return float(part.gradient_divide_factor or math.prod(group.size() for group in cls._groups(part)))
+
+    def refuse(self) -> set[int]:
+        """Raise for what would be silently wrong; return the ids of the parameters that are averaged."""
+        for module in self.modules:
+            module.reshard()  # after an evaluation the root's parameters are the gathered ones, not those that train
+        if not all(part.reduce_grads and part.all_reduce_grads for part in self._parts):
+            raise RuntimeError(
+                "Gradients are not sent, after set_requires_gradient_sync(False) or set_requires_all_reduce(False): "
+                "set it to True before accumulate, which sends when it should."
+            )
+        if self._hidden():
+            raise ValueError(
+                "fully_shard holds gradients of passes that were not sent, left by an earlier window: "
+                "make the model anew, or send them and call optimizer.zero_grad() first."
+            )
+        if len(self.kinds) > 1:
+            raise NotImplementedError(
+                "fully_shard averages parts of the model over different groups or with different factors: use one."
+            )
+        infos = [each._module_info for part in self._parts for each in part.fsdp_params]
+        return {id(getattr(info.module, info.param_name)) for info in infos}
+
+    def _hidden(self) -> bool:
+        return bool(unsent_in(self.modules))
+
+    def begin(self) -> None:
+        """Note what a window changes."""
+        self._reshards = [part.reshard_after_backward for part in self._parts]
+
+    def _set(self, sends: bool) -> None:
+        for module in self.modules:
+            module.set_requires_gradient_sync(sends, recurse=False)
+            module.set_is_last_backward(sends)
+        for part, reshards in zip(self._parts, self._reshards, strict=True):
+            # What stays gathered after the forward anyway can wait for the next one too.
+            part.reshard_after_backward = reshards and (sends or part._reshard_after_forward)
+
+    @contextmanager
+    def passing(self, sends: bool) -> Iterator[None]:
+        """Send the gradients of the pass in this block, or keep them."""
+        self._set(sends)
+        self._before = [self._forwards(state) for state in self._outer]
+        yield
+
+    @staticmethod
+    def _forwards(state: Any) -> int:
+        # Private; a hook on the module would not see a method that register_fsdp_forward_method names.
+        return len(getattr(state._comm_ctx, "post_forward_order", ()))  # not there before the very first
+
+    def ran(self) -> bool:
+        """Return whether this pass went through the forward of each outermost module."""
+        return all(self._forwards(state) > before for state, before in zip(self._outer, self._before, strict=True))
+
+    def leaves(self) -> list[Tensor]:
+        """Return what autograd accumulates gradients in: the gathered parameters."""
+        found = (getattr(each, "_unsharded_param", None) for part in self._parts for each in part.fsdp_params)
+        return [each for each in found if each is not None and each.requires_grad]
+
+    def end(self) -> None:
+        """Leave the engine as it was."""
+        self._set(True)
+
+    def refuse_unsent(self) -> None:
+        """Raise if the window's last pass has not sent everything."""
+        if self._hidden():
+            raise RuntimeError("fully_shard has not sent all gradients: let the last micro-batch use the whole model.")
+
+    def forget(self) -> None:
+        """Leave nothing of an unfinished window behind, but for `.grad`."""
+        for state in self._states:
+            if state._is_root and hasattr(state, "_reset_iter_state"):  # torch 2.13 has it
+                state._reset_iter_state()
+        for part in self._parts:  # what was not sent: neither zero_grad nor that reset reaches it
+            part._partial_reduce_output = None
+            for each in part.fsdp_params:
+                each.unsharded_accumulated_grad = None
+                if hasattr(each, "_unsharded_param"):
+                    each._unsharded_param.grad = None
+        for module in self.modules:
+            module.reshard()
+
+
+def engines_in(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Return each DistributedDataParallel, FSDP1 and `fully_shard` module, the outer ones first."""
+    kinds = (nn.parallel.DistributedDataParallel, *_sharding("FSDPModule", "FullyShardedDataParallel"))
+    found = [below for module in modules for below in module.modules() if isinstance(below, kinds)]
+    return list({id(each): each for each in found}.values())
+
+
+def sharded_in(modules: Iterable[nn.Module]) -> list[Any]:
+    """Return what `fully_shard` was applied to, the outer ones first."""
+    return [each for each in engines_in(modules) if isinstance(each, _sharding("FSDPModule"))]
+
+
+def _sharding(*names: str) -> tuple[type, ...]:
+    sharding = sys.modules.get("torch.distributed.fsdp")  # slow to import, and there if a model is sharded
+    return tuple(getattr(sharding, name) for name in names) if sharding else ()
+
+
+def unsent_in(modules: Iterable[Any]) -> list[Tensor]:
+    """Return the gradients of passes that `fully_shard` did not send: whole, or of HSDP a shard that is not summed."""
+    parts = [part for module in modules for part in module._get_fsdp_state()._fsdp_param_groups]
+    found = [part._partial_reduce_output for part in parts]
+    for each in (each for part in parts for each in part.fsdp_params):
+        found += [getattr(getattr(each, "_unsharded_param", None), "grad", None), each.unsharded_accumulated_grad]
+    return [gradient for gradient in found if gradient is not None]
+
+
+def members(group: Group) -> list[int] | int:
+    """Return what tells a group from another one: its ranks."""
+    try:
+        return list(torch.distributed.get_process_group_ranks(group))
+    except KeyError:  # a group that no job knows, as ranks in threads have it
+        return id(group)
+
+
+def device_of(group: Group) -> torch.device:
+    """Return a device that the group can send from, the CPU if it can."""
+    kinds = {each.type for each in group._device_types}  # private: nothing else says it of a group
+    here = None if "cpu" in kinds else torch.accelerator.current_accelerator()
+    return here or torch.device("cpu")
+
+
+def is_predicted(tensor: Tensor) -> bool:
+    """Return whether a tensor has no data, so that what is read of it is a guess."""
+    return type(tensor).__name__ == "FakeTensor"  # private; only its name is read, and nothing is imported
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def engines_of(modules: Sequence[nn.Module], *, alone: bool = False) -> list[Replicated | Sharded]:
+    """Return the engines that the modules are in, found by walking them; none where one process trains alone.
+
+    Raises:
+        NotImplementedError: FSDP1; a plain module among several processes, unless `alone`.
+        ValueError: an engine, although `alone`.
+    """
+    if not torch.distributed.is_available():
+        return []
+    found = engines_in(modules)
+    several = refusals.ranks()
+    if not found:
+        if several > 1 and not alone:
+            raise NotImplementedError(
+                f"{several} processes train together and no engine averages this model, so that each would count its "
+                "own items alone: give accumulate the DistributedDataParallel or fully_shard model, not what it "
+                "wraps, or alone=True for a model that is this process's own."
+            )
+        return []
+    if alone:
+        raise ValueError(
+            "alone=True is for a model that is this process's own, and this one is averaged: leave it out."
+        )
+    if any(isinstance(each, _sharding("FullyShardedDataParallel")) for each in found):
+        raise NotImplementedError("FullyShardedDataParallel (FSDP1) is not supported: shard with fully_shard (FSDP2).")
+    parts: list[Replicated | Sharded] = [
+        Replicated(module)
+        for module in found
+        if isinstance(module, nn.parallel.DistributedDataParallel)
+        and _trains(module)
+        and module.process_group.size() > 1  # one of 1 averages nothing
+    ]
+    sharded = [module for module in found if isinstance(module, _sharding("FSDPModule"))]
+    try:
+        return [*parts, *([Sharded(sharded)] if any(map(_trains, sharded)) else [])]
+    except AttributeError as error:
+        raise NotImplementedError(
+            f"torch {torch.__version__} keeps what fully_shard averages elsewhere than torch 2.13 does: use that one."
+        ) from error
