@@ -1,7 +1,7 @@
 """Measure, print, and write the results into benchmarks/README.md between its marker comments.
 
 python benchmarks/run.py                everything
-python benchmarks/run.py speed edges    some of: speed, accuracy, edges, memory, ranks
+python benchmarks/run.py speed edges    some of: speed, accuracy, edges, memory, published, ranks
 python benchmarks/run.py --quick        seconds, a smoke test: prints, writes nothing, skips what is not installed
 """
 
@@ -20,7 +20,7 @@ import torch
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 HERE = Path(__file__).resolve().parent
 PAGE = HERE / "README.md"
-SECTIONS = ("speed", "accuracy", "edges", "memory", "ranks")
+SECTIONS = ("speed", "accuracy", "edges", "memory", "published", "ranks")
 LIBRARIES = ("torch", "accelerate", "lightning", "transformers")
 
 

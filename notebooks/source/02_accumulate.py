@@ -385,7 +385,7 @@ assert four_pieces.at_peak["gradients"] == four_pieces.at_peak["parameters"]
 # </details>
 # <br>
 #
-# **Exercises**, which grade themselves: [say what `.grad` holds, find the gradients that got lost, and write the delayed step](exercises/02_exercises.ipynb).
+# **Exercises**, which grade themselves: [say what `.grad` holds, find the gradients that got lost, and train on a batch that does not fit](exercises/02_exercises.ipynb).
 #
 # **Next**: lesson 3 mends the length of the gradient with one line, and then asks who would notice without that line.
 

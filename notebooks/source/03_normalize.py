@@ -371,7 +371,7 @@ assert found["no division"].kind == "not divided"
 # </details>
 # <br>
 #
-# **Exercises**, which grade themselves: [write one normalized window, say what a sum needs, and write the test that notices](exercises/03_exercises.ipynb).
+# **Exercises**, which grade themselves: [normalize a window without a length, say what a sum needs, and write the test that notices](exercises/03_exercises.ipynb).
 #
 # **Next**: the division is right, and the loop around it still goes wrong at its edges. Lesson 4 breaks it in seven ways, then turns it inside out.
 
