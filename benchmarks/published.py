@@ -13,6 +13,7 @@ import csv
 import json
 from pathlib import Path
 
+import published_steps
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, silu
@@ -136,7 +137,8 @@ def run(quick: bool = False) -> str:
         numbers = f"{row['published']:,.7f} | {row['predicted']:,.7f}".replace("0000000", "0")
         table.append(f"| {row['series']} | {row['varied']} | {numbers} | {shown} |")
     head = f"{equal} of {len(rows)} are equal to the last digit; the largest difference is {100 * max(off):.3f} %."
-    return "\n".join([head, "", *table])
+    whole = "Whole steps, by what the allocator reserves, from rasbt/LLMs-from-scratch, ch05/10 (A100, torch 2.6):"
+    return "\n".join([head, "", *table, "", whole, "", published_steps.run(quick)])
 
 
 if __name__ == "__main__":

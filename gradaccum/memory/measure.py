@@ -23,7 +23,8 @@ class MemoryReport:
             an accelerator all that the device counted.
         end_bytes: the bytes held when the block ended, by the same count.
         reserved_bytes: the most that the device's allocator held back at one moment, in use or not; None on a CPU
-            and where the allocator does not tell.
+            and where the allocator does not tell. In a prediction for "cuda", what a model of its caching allocator
+            reserves for what is followed, up to the update's end.
         followed_bytes: the most bytes held at one moment of what is followed. On a CPU it is `peak_bytes`; on an
             accelerator, as the rest below, only with `roles=True`, and it leaves out what was not given, the
             rounding of the allocator and the workspaces of libraries.

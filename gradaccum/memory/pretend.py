@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 # Private: the one as in follow.py; the other so that a measure_memory around a prediction counts none of it.
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from gradaccum.memory.allocator import CachingAllocator
 from gradaccum.memory.attention import attention
 from gradaccum.memory.libraries import Workspaces
 from gradaccum.memory.measure import optimizers_in
@@ -136,6 +137,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         elsewhere: the storages that are not on the device.
         workspaces: what libraries hold there.
+        allocator: what it reserves for all that is followed, on CUDA.
         guesses: how often a value was guessed, by the line that read it and what it was taken as.
     """
 
@@ -144,6 +146,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._device, self._fakes, self._tick, self._stepping = device, fakes, tick, False
         self.elsewhere = weakref.WeakSet[torch.UntypedStorage]()
         self.workspaces = Workspaces(device)
+        self.allocator = CachingAllocator() if device == "cuda" else None
         self.guesses: Counter[tuple[str, str]] = Counter()
         self._values = Values()
         self._overflows = weakref.WeakSet[torch.UntypedStorage]()
