@@ -49,7 +49,9 @@ def test_the_last_sentence_is_what_was_measured():
     made = {cell.id: cell for cell in nbformat.read(path, as_version=4).cells}
     (row,) = re.findall(r"\| GPT-2 large \|.*", made["shapes-run"].outputs[-1].data["text/markdown"])
     alone, eight = re.findall(r"([\d.]+) GB at", made["explore-run"].outputs[0].text)
-    assert row.split(" | ")[2:5] == [eight, "no: optimizer state", "no: collected gradients"]
+    least, *verdicts = row.split(" | ")[2:5]
+    assert verdicts == ["no: optimizer state", "no: collected gradients"]
+    assert 0 <= float(least) - float(eight) < 0.011, "the table's window has 512 rows of tokens, not 8: 8 MB more"
     said = (
         f"takes {alone} GB and fits in 16; eight in eight micro-batches take {eight}: the collected gradients tip it."
     )

@@ -1,6 +1,7 @@
 """Ranks as threads of one process: what would end the process or wait for ever is an error that names the ranks."""
 
 import _thread
+import signal
 import threading
 import time
 
@@ -57,6 +58,8 @@ def test_a_rank_that_is_waited_for_is_named():
 
 def test_an_interrupt_ends_the_ranks():
     began = time.monotonic()
+    # Whoever runs the tests in the background ignores SIGINT.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def work(rank, group):
         if rank == 0:
@@ -66,8 +69,11 @@ def test_an_interrupt_ends_the_ranks():
             time.sleep(0.01)
 
     before = threading.active_count()
-    with pytest.raises(KeyboardInterrupt):
-        run_ranks(2, work)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_ranks(2, work)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     while threading.active_count() > before and time.monotonic() - began < 4:
         time.sleep(0.01)
     assert threading.active_count() == before

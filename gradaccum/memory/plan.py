@@ -96,11 +96,11 @@ def plan_micro_batches(
         ...         (model(batch).square().sum() / 1000).backward()
         ...     optimizer.step()
         ...     optimizer.zero_grad()
-        >>> plan_micro_batches(build, step, effective_batch=1000, budget="22 MB")
-        micro-batch 874, 2 accumulation steps: effective batch 1000, the last 126
-          predicted peak         21,992,448 bytes on cuda
-          one sample more        22,006,272 bytes
-          budget                 22,000,000 bytes
+        >>> plan_micro_batches(build, step, effective_batch=1000, budget="39 MB")
+        micro-batch 872, 2 accumulation steps: effective batch 1000, the last 128
+          predicted peak         38,998,528 bytes on cuda
+          one sample more        39,015,424 bytes
+          budget                 39,000,000 bytes
     """
     if type(effective_batch) is not int or effective_batch < 1:
         given = f"effective_batch must be an int of at least 1, but {effective_batch!r:.80} was given"

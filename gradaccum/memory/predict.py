@@ -111,7 +111,7 @@ def predict_memory(
 
     Example:
         >>> def build():
-        ...     model = nn.Linear(100_000, 100_000)  # 40 GB
+        ...     model = torch.nn.Linear(100_000, 100_000)  # 40 GB
         ...     return model, torch.optim.Adam(model.parameters()), torch.zeros(8, 100_000)
         >>> def step(model, optimizer, batch):
         ...     model(batch).sum().backward()
@@ -119,7 +119,7 @@ def predict_memory(
         ...     optimizer.zero_grad()
         >>> memory = predict_memory(build, step)
         >>> memory.first.peak_bytes, memory.peak_bytes  # Adam makes its two copies in the first
-        (200005201920, 200005201920)
+        (200022241280, 200022241280)
     """
     for name, function in (("build", build), ("step", step)):
         if not callable(function):

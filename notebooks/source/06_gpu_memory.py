@@ -413,14 +413,10 @@ assert sum(plan.sizes) == 50
 assert measured.peak_bytes == plan.peak_bytes <= plan.budget_bytes
 
 # %% plan-why [markdown]
-# Planned to the byte, on the CPU.
-# For CUDA there are figures that others published: the counters of an A100 for 25 single layers, forward and backward.
-# Predicted here, without a GPU, **25 of 25 are equal to the last digit** ([the table](../benchmarks/README.md)).
-# What whole trainings of a GPT *reserved*, which is what has to fit, comes out to 0.3 % in three of three: `reserved_bytes` replays the allocator.
+# On the CPU, to the byte.
+# For CUDA there are figures that others published, of an A100 ([the tables](../benchmarks/README.md)): **25 of 25 counters of single layers are predicted to the last digit**, and what three trainings of a GPT *reserved* to 0.3 %.
 # No GPU of ours has been compared yet.
-# The predictions count the workspaces of cuBLAS as the role "libraries", and leave out the CUDA context, 0.5 to 1.5 GB.
-#
-# Related work: the FakeTensorMode memory tracker in PyTorch's forum, Hugging Face's "Visualize and understand GPU memory in PyTorch", xMem (arXiv 2510.21048) and LLMem (arXiv 2404.10933).
+# The workspaces of cuBLAS are counted, as "libraries"; the CUDA context, 0.5 to 1.5 GB, is not.
 
 # %% roads [markdown]
 # ## Other roads
