@@ -414,7 +414,7 @@ assert measured.peak_bytes == plan.peak_bytes <= plan.budget_bytes
 
 # %% plan-why [markdown]
 # On the CPU, to the byte.
-# For CUDA there are figures that others published, of an A100 ([the tables](../benchmarks/README.md)): **25 of 25 counters of single layers are predicted to the last digit**, and what three trainings of a GPT *reserved* to 0.3 %.
+# For CUDA it meets figures that others published, of an A100 ([the tables](../benchmarks/README.md)): **25 of 25 counters of single layers to the last digit**, and what three GPTs *reserved* to 0.3 %.
 # No GPU of ours has been compared yet.
 # The workspaces of cuBLAS are counted, as "libraries"; the CUDA context, 0.5 to 1.5 GB, is not.
 
