@@ -1,4 +1,4 @@
-"""Let a loss run on a model, in another dtype too, and put back whatever it changes."""
+"""Let a loss run on a model, in another dtype too, and restore whatever it changes."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ SLOTS: Final = 8  # losses whose counts fit into the one table; more are summed 
 
 
 class Row(NamedTuple):
-    """What a rank tells the others before the first forward."""
+    """What a rank sends to the others before the first forward."""
 
     rank: float
     micro_batches: float

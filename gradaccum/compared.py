@@ -178,7 +178,7 @@ def norm(gradients: Iterable[Tensor | None]) -> float:
 
 
 def limit_of(dtype: torch.dtype) -> float:
-    """Return the error up to which two gradients of this dtype are equal; 0 for 16 bits, where none tells."""
+    """Return the error up to which two gradients of this dtype are equal; 0 for 16 bits, where there is none."""
     bits = torch.finfo(dtype).bits
     return {64: 1e-9, 32: 1e-5}.get(bits, 0.0)
 
@@ -187,7 +187,7 @@ def lost(single: list[Tensor | None], exact: list[Tensor | None]) -> float:
     """Return what a cut may change in float64 by rounding alone, seen from what float32 loses.
 
     Float64 loses 2**29 times less, and a hundred times that is more than a cut does. Where a good part of a gradient is
-    lost (at an optimum, where items cancel), nothing can be told.
+    lost (at an optimum, where items cancel), there is no verdict.
     """
     return 100 * 2.0**-29 * relative_error(single, exact)
 

@@ -71,7 +71,7 @@ def character_names(length: int | None = None) -> list[str]:
 
 
 def text_lines(path: str | Path) -> list[str]:
-    r"""Read a text file of your own, one sample per line: put it wherever `character_names()` stands.
+    r"""Read a text file of your own, one sample per line: use it in place of `character_names()`.
 
     Args:
         path: a UTF-8 text file. White space around a line is dropped, and so are empty lines.

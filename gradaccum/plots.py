@@ -20,7 +20,7 @@ COLOURS = ("#2450CC", "#A83204", "#22573F", "#722B66", "#C07F1A", "#4094DE", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", ":")
 HATCHES = ("", "//", "..", "xx", "--", "\\\\", "oo")
-DARK = COLOURS[:4]  # those that a white number can stand on
+DARK = COLOURS[:4]  # those that are dark enough for a white number
 
 
 def panels(titles: Sequence[str], height: float = 3.4) -> tuple[Figure, list[Axes]]:
@@ -225,7 +225,7 @@ def stacked_timelines(timelines: Mapping[str, Mapping[str, Sequence[int]]]) -> F
 
 
 def _legend_below(figure: Any) -> None:
-    """Name what is drawn, each once, below all panels; with boxes so large that a hatch can be told."""
+    """Name what is drawn, each once, below all panels; with boxes large enough to show a hatch."""
     drawn = [axis.get_legend_handles_labels() for axis in figure.axes]
     handles = {name: patch for found in drawn for patch, name in zip(*found, strict=True)}
     style = {"loc": "outside lower center", "frameon": False, "handlelength": 3, "handleheight": 1.4}

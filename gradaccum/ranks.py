@@ -248,7 +248,7 @@ def unsent_in(modules: Iterable[Any]) -> list[Tensor]:
 
 
 def members(group: Group) -> list[int] | int:
-    """Return what tells a group from another one: its ranks."""
+    """Return what identifies a group: its ranks."""
     try:
         return list(torch.distributed.get_process_group_ranks(group))
     except KeyError:  # a group that no job knows, as ranks in threads have it

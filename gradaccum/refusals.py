@@ -1,4 +1,4 @@
-"""What `accumulate` refuses and what it warns of: each a sentence for whoever made the mistake."""
+"""What `accumulate` refuses and what it warns of: each a sentence for the person who made the mistake."""
 
 from __future__ import annotations
 

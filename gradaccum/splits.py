@@ -29,7 +29,7 @@ class Split:
     """What `check_split` found; it counts as true where `ok` is True, and `str()` gives the verdict.
 
     Attributes:
-        ok: True, the loss may be cut so; False, it may not; None, it cannot be told.
+        ok: True, the loss may be cut so; False, it may not; None, no verdict.
         error: the relative error of the pieces' gradient; NaN where nothing could be compared.
         buffers: the names of the buffers, and of the frozen parameters, that end elsewhere.
         verdict: what was found, in a sentence or two.
@@ -62,7 +62,7 @@ def check_split(
     Compared are the gradient of your own loss of the whole batch, what `accumulate` makes of the pieces, and the
     buffers that each of them leaves. Equal is below 1e-5 in float32 and below 1e-9 in float64. What is not is
     computed again in float64, and is called a fault only where it is larger than rounding. Dropout is left out; other
-    modules that draw random numbers are in eval mode for the while; normalizations keep their mode. All of it runs on
+    modules that draw random numbers are in eval mode while it runs; normalizations keep their mode. All of it runs on
     the model itself. Its parameters, buffers, modes, `.grad` and the random state are put back, also after an error;
     a state that the loss keeps elsewhere is not.
 

@@ -66,7 +66,7 @@ class _Meeting:
             self._changed.notify_all()
 
     def end(self, rank: int, how: str) -> None:
-        """Note that a rank has ended; whoever waits for it, or will, is told."""
+        """Note that a rank has ended, for the ranks that wait for it."""
         with self._changed:
             self._ended.setdefault(rank, how)
             self._changed.notify_all()

@@ -1,4 +1,4 @@
-"""What a window's weights look like: the kinds of update that an audit tells apart, and a sentence for each."""
+"""What a window's weights look like: the kinds of update that an audit distinguishes, and a sentence for each."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ _asked: dict[str, Prediction] = {}
 
 
 def predict(question: str, choices: Sequence[str] | Mapping[str, float] = ()) -> Prediction:
-    """Ask the learner for a guess, by keyboard alone if they like, before the value shows; a guess made here stands.
+    """Ask the learner for a guess, by keyboard alone if they like, before the value shows; a guess made here is kept.
 
     Args:
         question: one sentence; plain text.

@@ -37,7 +37,7 @@ _FILES = [re.fullmatch(r"q(\d+)_(\d+)\.py", path.name) for path in Path(__file__
 _NUMBERS = sorted((int(match[1]), int(match[2])) for match in _FILES if match)
 IDENTIFIERS = tuple(f"{lesson}.{number}" for lesson, number in _NUMBERS)
 LESSONS = tuple(sorted({lesson for lesson, _ in _NUMBERS}))
-# Made from the notebooks' sources, where each answer stands once. An instructor may delete it.
+# Made from the notebooks' sources, where each answer is written once. An instructor may delete it.
 ANSWERS = Path(__file__).with_name("answers.json")
 # Made from them too: of each exercise its lesson's title, how difficult it is, and the sentence that it opens with.
 ABOUT = Path(__file__).with_name("about.json")

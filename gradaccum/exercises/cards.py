@@ -119,7 +119,7 @@ def _badge(text: str, colour: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Escape a text for HTML, and show what stands between backticks as code."""
+    """Escape a text for HTML, and show what is between backticks as code."""
     parts = html.escape(text).split("`")
     if len(parts) % 2 == 0:  # one is left over, perhaps from the learner's own line
         return "`".join(parts)

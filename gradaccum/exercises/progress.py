@@ -54,7 +54,7 @@ def is_on() -> bool:
 
 
 def place() -> Path | None:
-    """Return the file: in the folder of the learner's copies if the notebook lies there, else in Jupyter's for data."""
+    """Return the file: in the folder of the learner's copies if the notebook is there, else in Jupyter's for data."""
     for folder in [HERE, *HERE.parents][:4] if HERE else []:
         if os.path.isfile(folder / COPIES):
             return folder / "progress.json"
@@ -119,7 +119,7 @@ def counted() -> str:
 
 
 def digest(answer: object) -> str:
-    """Return eight digits that tell one version of an answer from another; "" where its source is not known.
+    """Return eight digits that distinguish one version of an answer from another; "" where its source is not known.
 
     Example:
         >>> len(digest(digest)), digest(len)
@@ -162,7 +162,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _changed(change: Callable[[dict[str, Any]], object]) -> bool:
-    """Change the file's entries, alone and whole or not at all; tell whether that was possible."""
+    """Change the file's entries, alone and whole or not at all; return whether that was possible."""
     path = place() if is_on() else None
     if path is None:
         return False

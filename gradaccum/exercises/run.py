@@ -285,7 +285,7 @@ def _is_unchanged(answer: Answer, given: Answer) -> bool:
 
 
 def _learners_frames(error: BaseException, answer: Answer) -> tuple[list[tuple[int, str]], bool]:
-    """List the lines of the learner's own code that an error came through, and tell whether it was raised there."""
+    """List the lines of the learner's own code that an error came through, and whether it was raised there."""
     code, found, here = _code_of(answer), [], False
     for frame, number in traceback.walk_tb(error.__traceback__):
         name = frame.f_code.co_filename

@@ -100,7 +100,7 @@ def scaled(factor: float, values: Plain) -> Numbers | None:
 
 
 def weigh(gradients: Iterable[Gradient]) -> Weights | None:
-    """Return the weights in the first of these gradients that has not the right ones, if it can be told.
+    """Return the weights in the first of these gradients that has not the right ones, if that can be determined.
 
     Example:
         >>> means = {1: [1.0, 0.0, 2.0], 2: [0.0, 1.0, 1.0]}
@@ -143,7 +143,7 @@ def weigh(gradients: Iterable[Gradient]) -> Weights | None:
 
 
 def _solved(held: Numbers, columns: Sequence[Numbers]) -> tuple[Numbers, float] | None:
-    """Return the weights, none where they cannot be told apart, and the share that is no weighted sum."""
+    """Return the weights, none where they are not unique, and the share that is no weighted sum."""
     if not columns or len(held) != len(columns[0]) or len(held) <= len(columns):
         return None
     matrix, vector = torch.tensor(columns, dtype=torch.float64).T, torch.tensor(held, dtype=torch.float64)

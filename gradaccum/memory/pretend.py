@@ -231,7 +231,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def _replaced(device: str) -> Iterator[None]:
-    """Replace for the while what neither mode sees: autocast, GradScaler, Module.to, and compiling."""
+    """Patch what neither mode sees: autocast, GradScaler, Module.to, backward, and compiling."""
     autocast, scaler = torch.autocast.__init__, torch.amp.GradScaler.__init__
     engine = vars(torch.autograd)["_engine_run_backward"]
 
