@@ -1,7 +1,7 @@
 """The gradient of each step, solved for the micro-batches that are in it.
 
 Whatever a loop does, it hands the optimizer a weighted sum of its micro-batches' own mean gradients, where the loss is
-additive and the weights of the model do not change inside a window. The unknown are few and the parameters many, so they
+additive and the model's weights do not change inside a window. The unknown are few and the parameters many, so they
 can be solved for by least squares, from outside of the loop.
 """
 
