@@ -27,9 +27,11 @@ class Workspaces:
 
     def made_for(self, func: Any) -> Tensor | None:
         """Return the block that an operation makes torch allocate, if it does."""
+        if func.overloadpacket not in _MATMULS or not self._is_counted:
+            return None
         # Private: nothing public tells whether a backward is running. On CUDA it has a thread of its own.
         thread = "forward" if torch._C._current_graph_task_id() == -1 else "backward"
-        if not self._is_counted or thread in self.held or func.overloadpacket not in _MATMULS:
+        if thread in self.held:
             return None
         self.held[thread] = torch.empty(WORKSPACE, dtype=torch.uint8)
         return self.held[thread]

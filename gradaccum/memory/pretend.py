@@ -7,7 +7,7 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Final
 
 import torch
@@ -256,7 +256,7 @@ def _replaced(device: str) -> Iterator[None]:
 
     def run_backward(*args: Any, **options: Any) -> Any:
         # What a checkpoint runs again is run in backward, which hides the mode that it was called under.
-        with DeviceFunctions(device):
+        with DeviceFunctions(device) if device == "cuda" else nullcontext():
             return engine(*args, **options)
 
     def compiled(*args: Any, **options: Any) -> None:

@@ -15,7 +15,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 LIMIT: Final = 2**20  # elements; a larger tensor is no mask or length, and computing it would cost what it saves
 _aten = torch.ops.aten
 # Their values are known whatever those of their tensor argument are, which gives no more than a size.
-_FILLED: Final = {"zeros_like": 0, "new_zeros": 0, "ones_like": 1, "new_ones": 1, "full_like": None, "new_full": None}
+_FILLED: Final = {
+    _aten.zeros_like: 0,
+    _aten.new_zeros: 0,
+    _aten.ones_like: 1,
+    _aten.new_ones: 1,
+    _aten.full_like: None,
+    _aten.new_full: None,
+}
+_EMPTY: Final = {_aten.empty, _aten.empty_strided, _aten.empty_permuted, _aten.empty_like, _aten.new_empty}
 
 
 class Values:
@@ -38,24 +46,21 @@ class Values:
 
     def note(self, func: Any, args: Any, kwargs: Mapping[str, Any], result: Any) -> None:
         """Work out what is known of an operation's result, and forget what it wrote over."""
-        made = list(_tensors([result]))
-        given = list(_tensors([args, kwargs]))
-        name = func.overloadpacket.__name__
+        made = [result] if isinstance(result, Tensor) else list(_tensors([result]))
+        is_exact = bool(made) and all(map(_is_exact, made))
+        if not is_exact and not self._real:
+            return
         if func is _aten.lift_fresh.default:
-            if made and _is_exact(made[0]):
+            if is_exact:
                 with _disable_current_modes():
                     self._real[made[0]] = args[0].clone()
-            return
-        is_known = all(each in self._real for each in given) and (given or not name.startswith("empty"))
-        if torch.Tag.nondeterministic_seeded in func.tags or not all(map(_is_exact, made)):
-            is_known = False
-        if made and _is_exact(made[0]) and name in _FILLED:
-            fill = _FILLED[name]
+        elif is_exact and func.overloadpacket in _FILLED:
+            fill = _FILLED[func.overloadpacket]
             fill = args[-1] if fill is None else fill
             if isinstance(fill, int | float):
                 with _disable_current_modes():
                     self._real[made[0]] = torch.full(made[0].shape, fill, dtype=made[0].dtype)
-        elif is_known and made:
+        elif is_exact and self._follows(func, list(_tensors([args, kwargs]))):
             with _disable_current_modes():
                 real = func(*self._of(args), **self._of(kwargs))
             self._real.update(zip(made, _tensors([real]), strict=True))
@@ -64,6 +69,12 @@ class Values:
             for argument, value in [*written, *((each, kwargs.get(each.name)) for each in func._schema.arguments)]:
                 if argument.alias_info is not None and argument.alias_info.is_write:
                     self._forget(value)
+
+    def _follows(self, func: Any, given: list[Tensor]) -> bool:
+        """Return whether a result follows from what is known; of no tensor at all, from the numbers given."""
+        if torch.Tag.nondeterministic_seeded in func.tags or func.overloadpacket in _EMPTY:
+            return False
+        return all(each in self._real for each in given)
 
     def shaped(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """Return real tensors for a result whose size depends on values, None where these are not known."""
@@ -94,14 +105,16 @@ class Values:
 
     def _forget(self, tree: Any) -> None:
         for tensor in _tensors([tree]):
+            if tensor.dtype.is_floating_point:
+                continue  # of which nothing is known
             storage = tensor.untyped_storage()
             for known in [each for each in self._real if each.untyped_storage() is storage]:
                 del self._real[known]
 
 
 def _is_exact(tensor: Tensor) -> bool:
-    exact = not (tensor.is_floating_point() or tensor.is_complex()) and tensor.layout == torch.strided
-    return exact and tensor.numel() <= LIMIT
+    kind = tensor.dtype
+    return not (kind.is_floating_point or kind.is_complex) and tensor.numel() <= LIMIT and not tensor.is_sparse
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
