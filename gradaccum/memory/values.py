@@ -1,4 +1,4 @@
-"""The values that a prediction knows: integers and booleans that no float and no random number went into."""
+"""The values that a prediction knows: integers, booleans and a few floats that no random number went into."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
 LIMIT: Final = 2**20  # elements; a larger tensor is no mask or length, and computing it would cost what it saves
+FEW: Final = 2**10  # floats: a schedule of rates or widths, out of which a model is made
+_RANGES: Final = {"arange", "linspace", "logspace"}  # whose floats are known; those of zeros may stand for data
 _aten = torch.ops.aten
 # Their values are known whatever those of their tensor argument are, which gives no more than a size.
 _FILLED: Final = {"zeros_like": 0, "new_zeros": 0, "ones_like": 1, "new_ones": 1, "full_like": None, "new_full": None}
@@ -28,12 +30,12 @@ class Values:
     def __init__(self) -> None:
         self._real = WeakTensorKeyDictionary()
 
-    def number(self, tensor: Tensor) -> int | bool | None:
+    def number(self, tensor: Tensor) -> float | None:
         """Return the one value in a tensor, None where it is not known."""
         if tensor not in self._real:
             return None
         with _disable_current_modes():
-            number: int | bool = self._real[tensor].item()
+            number: float = self._real[tensor].item()
             return number
 
     def note(self, func: Any, args: Any, kwargs: Mapping[str, Any], result: Any) -> None:
@@ -49,7 +51,9 @@ class Values:
         is_known = all(each in self._real for each in given) and (given or not name.startswith("empty"))
         if torch.Tag.nondeterministic_seeded in func.tags or not all(map(_is_exact, made)):
             is_known = False
-        if made and _is_exact(made[0]) and name in _FILLED:
+        is_float = bool(made) and made[0].is_floating_point()
+        is_known = is_known and (bool(given) or not is_float or name in _RANGES)
+        if made and _is_exact(made[0]) and name in _FILLED and not is_float:
             fill = _FILLED[name]
             fill = args[-1] if fill is None else fill
             if isinstance(fill, int | float):
@@ -100,8 +104,8 @@ class Values:
 
 
 def _is_exact(tensor: Tensor) -> bool:
-    exact = not (tensor.is_floating_point() or tensor.is_complex()) and tensor.layout == torch.strided
-    return exact and tensor.numel() <= LIMIT
+    exact = not tensor.is_complex() and tensor.layout == torch.strided
+    return exact and tensor.numel() <= (FEW if tensor.is_floating_point() else LIMIT)
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
