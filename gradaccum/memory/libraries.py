@@ -1,4 +1,4 @@
-"""What libraries hold on CUDA beside the tensors."""
+"""What libraries hold on CUDA beside the tensors, and what one makes that torch cannot tell without data."""
 
 from __future__ import annotations
 
@@ -33,3 +33,24 @@ class Workspaces:
             return None
         self.held[thread] = torch.empty(WORKSPACE, dtype=torch.uint8)
         return self.held[thread]
+
+
+def grouped_mm(
+    a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """Make what `aten._grouped_mm` makes, whose shapes torch itself tells for bfloat16 alone.
+
+    Rows begin at multiples of 16 bytes (`create_grouped_gemm_output_tensor` in ATen/native/GroupedMMUtils.h).
+
+    Example:
+        >>> grouped_mm(torch.zeros(6, 4), torch.zeros(2, 4, 3), torch.tensor([2, 6])).stride()
+        (4, 1)
+    """
+    groups: list[int] = []
+    if a.dim() == b.dim():
+        groups = [a.shape[0] if offs is None else offs.shape[0]]
+    dtype = out_dtype or a.dtype
+    row = -(-b.shape[-1] * dtype.itemsize // 16) * 16 // dtype.itemsize
+    return a.new_empty_strided(
+        (*groups, a.shape[-2], b.shape[-1]), (a.shape[-2] * row, row, 1)[-2 - len(groups) :], dtype=dtype
+    )
