@@ -60,10 +60,11 @@ WHISPER = {
     "num_mel_bins": 8,
     "max_source_positions": 10,
     "max_target_positions": 16,
-    **{name: 0 for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")},
+    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 0),
 }
 PICTURE = {"image_size": 32, "patch_size": 8}
 LANGUAGE = {
+    "Mixtral": partial(transformers_model, "MixtralForCausalLM", num_local_experts=4, num_experts_per_tok=2, **LLAMA),
     "GPT-2": partial(transformers_model, "GPT2LMHeadModel", n_embd=32, n_layer=2, n_head=4, n_positions=32),
     "Llama": partial(transformers_model, "LlamaForCausalLM", **LLAMA),
     "Mistral": partial(transformers_model, "MistralForCausalLM", sliding_window=8, **LLAMA),
@@ -137,6 +138,18 @@ def torchvision_model(name, rows, size=32, **options):
     return model, {"pixel_values": torch.rand(rows, 3, size, size), "labels": torch.randint(5, (rows,))}
 
 
+def small_vision(name, rows):
+    models = vision_models()
+    if name == "ConvNeXt":
+        kind = models.convnext.CNBlockConfig
+        model = models.ConvNeXt([kind(16, 32, 2), kind(32, None, 2)], stochastic_depth_prob=0.1, num_classes=5)
+    elif name == "Swin":
+        model = models.SwinTransformer([4, 4], 16, [2, 2], [2, 4], [4, 4], num_classes=5)
+    else:
+        model = models.DenseNet(8, (2, 2), 16, drop_rate=0.1, num_classes=5)
+    return model.train(), torchvision_model("resnet18", rows)[1]
+
+
 def segmentation(name, rows):
     models = vision_models().segmentation
     model = getattr(models, name)(weights=None, weights_backbone=None, num_classes=5).train()
@@ -153,14 +166,12 @@ MODELS = {
     "DINOv2": partial(
         vision, "Dinov2ForImageClassification", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, **PICTURE
     ),
-    **{
-        name: partial(torchvision_model, name)
-        for name in ("resnet18", "resnet50", "densenet121", "efficientnet_b0", "convnext_tiny", "swin_t", "vgg11_bn")
-    },
+    **{name: partial(torchvision_model, name) for name in ("resnet18", "resnet50", "efficientnet_b0", "vgg11_bn")},
     **{
         name: partial(torchvision_model, name)
         for name in ("mobilenet_v3_small", "regnet_y_400mf", "shufflenet_v2_x0_5")
     },
+    **{name: partial(small_vision, name) for name in ("ConvNeXt", "Swin", "DenseNet")},
     "swin_v2_t": partial(torchvision_model, "swin_v2_t", size=64),
     "vit_b_16": partial(torchvision_model, "vit_b_16", image_size=32),
     **{
@@ -283,7 +294,7 @@ ALSO = [
     *((name, "accelerate", "foreach", 2) for name in ("GPT-2", "LoRA", "resnet18")),
     *((name, "average", "SGD", 1) for name in ("Llama", "BERT", "resnet18")),
     ("GPT-2", "accumulate autocast ones", "foreach", 2),
-    *((name, "autocast", "momentum foreach", 1) for name in ("convnext_tiny", "vit_b_16", "efficientnet_b0")),
+    *((name, "autocast", "momentum foreach", 1) for name in ("ConvNeXt", "vit_b_16", "efficientnet_b0")),
 ]
 
 
@@ -296,8 +307,7 @@ def test_a_foreign_model_is_predicted(model):
     for variant, optimizer, count in [("", "AdamW", 1), *(row[1:] for row in ALSO if row[0] == model)]:
         predicted, measured, on_cuda = check(model, variant, optimizer, count)
         assert [whole(predicted.first), whole(predicted)] == measured, (variant, optimizer)
-        # A truncated normal distribution is drawn again where it was cut, which asks what was drawn.
-        assert all("initialization.py" in guess.where for guess in predicted.guessed)
+        assert predicted.guessed == []
         assert on_cuda.reserved_bytes > on_cuda.peak_bytes * 0.99 > predicted.start_bytes * 0.99
         if "checkpoint" in variant:
             make, take = partial(build, model, optimizer=optimizer), partial(step, variant=variant, device="cuda")
