@@ -456,6 +456,18 @@ def test_grouped_mm_in_float32(width):
     assert [whole(predicted.first), whole(predicted)] == measured(make(), step)
 
 
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_of_16_bits(affine):
+    def make():
+        return nn.BatchNorm2d(7, affine=affine), torch.ones(2, 7, 4, 4, dtype=torch.bfloat16, requires_grad=True)
+
+    def step(norm, x):
+        norm(x).square().sum().backward()
+
+    predicted = predict_memory(make, step, device="cpu")
+    assert [whole(predicted.first), whole(predicted)] == measured(make(), step)
+
+
 def test_a_schedule_of_floats_is_known():
     def make():
         rates = [rate.item() for rate in torch.linspace(0, 0.1, 3)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import sys
 import weakref
 from collections import Counter
@@ -31,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from gradaccum.memory.allocator import CachingAllocator
 from gradaccum.memory.attention import attention
-from gradaccum.memory.libraries import Workspaces, grouped_mm
+from gradaccum.memory.libraries import CORRECTED, Workspaces, refuse_quantized
 from gradaccum.memory.measure import optimizers_in
 from gradaccum.memory.values import Values
 
@@ -159,7 +158,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is _aten._local_scalar_dense.default and (value := self._values.number(args[0])) is not None:
             return value
         try:
-            result = (grouped_mm if func is _aten._grouped_mm.default else func)(*args, **kwargs)
+            result = CORRECTED.get(func, func)(*args, **kwargs)
         except DataDependentOutputException as error:
             return self._read(func, args, kwargs, error)
         except DynamicOutputShapeException as error:
@@ -220,9 +219,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise NotImplementedError(
                 "LBFGS is not predicted: how often it evaluates and what it keeps is up to values."
             )
-        if re.search("(4|8)bit|fp8", name := type(optimizer).__name__, re.I):
-            given = f"{name} is not predicted: its kernels make its state out of sight"
-            raise NotImplementedError(f"{given}, so predict torch's AdamW or SGD in its place, which hold more.")
+        refuse_quantized(optimizer)
         self._stepping = True
         for group in optimizer.param_groups if self._device == "cuda" else ():
             alone = group.get("differentiable") or (isinstance(group["lr"], Tensor) and not group.get("capturable"))
