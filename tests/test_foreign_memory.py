@@ -288,6 +288,7 @@ ALSO = [
     *(("BERT", variant, "AdamW", 1) for variant in TEXT if variant != "no cache"),
     *((name, variant, "SGD", 1) for name in ("Mistral", "Qwen2") for variant in ("padded", "checkpoint")),
     *((name, variant, "SGD", 1) for name in ("Whisper", "ViT", "LoRA") for variant in ("checkpoint", "autocast")),
+    ("resnet18", "autocast", "SGD", 1),
     ("GPT-2", "checkpoint autocast", "AdamW", 1),
     ("Llama", "checkpoint reentrant autocast", "AdamW", 1),
     *((name, "accumulate", "momentum", 2) for name in ("GPT-2", "BERT", "LoRA", "resnet18")),
