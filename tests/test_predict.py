@@ -439,6 +439,69 @@ def test_an_error_after_a_guess_names_it():
     assert "int64 taken as 1" in note
 
 
+@pytest.mark.parametrize("width", [16, 14])
+def test_grouped_mm_in_float32(width):
+    if not hasattr(functional, "grouped_mm"):
+        pytest.skip("this torch has none")
+
+    def make():
+        experts = torch.zeros(3, 16, 16, requires_grad=True)
+        return experts, torch.ones(10, 16), torch.tensor([4, 4, 10], dtype=torch.int32)
+
+    def step(experts, x, ends):
+        made = functional.grouped_mm(x, experts[..., :width], offs=ends)
+        (made if width == 16 else made.detach().square() * experts.sum()).square().sum().backward()
+
+    predicted = predict_memory(make, step, device="cpu")
+    assert [whole(predicted.first), whole(predicted)] == measured(make(), step)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_of_16_bits(affine):
+    def make():
+        return nn.BatchNorm2d(7, affine=affine), torch.ones(2, 7, 4, 4, dtype=torch.bfloat16, requires_grad=True)
+
+    def step(norm, x):
+        norm(x).square().sum().backward()
+
+    predicted = predict_memory(make, step, device="cpu")
+    assert [whole(predicted.first), whole(predicted)] == measured(make(), step)
+
+
+def test_a_schedule_of_floats_is_known():
+    def make():
+        rates = [rate.item() for rate in torch.linspace(0, 0.1, 3)]
+        widths = (torch.arange(3) * 2.5 + 8).div(8).round().mul(8).int().tolist()
+        return nn.Sequential(*(nn.Dropout(rate) for rate in rates if rate > 0)), torch.ones(4, sum(widths)), rates
+
+    predicted = predict_memory(make, lambda layers, x, rates: layers(x), device="cpu")
+    assert whole(predicted) == measured(make(), lambda layers, x, rates: layers(x))[1]
+    assert predicted.guessed == []
+    assert predict_memory(lambda: torch.zeros(2), lambda x: x.sum().item()).guessed  # which may stand for data
+
+
+def test_what_an_initialization_draws_is_no_guess():
+    def make():
+        return nn.init.trunc_normal_(torch.empty(5, 5)), torch.rand(4)
+
+    assert predict_memory(make, lambda weight, noise: None).guessed == []
+    (guess,) = predict_memory(make, lambda weight, noise: noise.sum().item()).guessed
+    assert guess.what == "float32 taken as 1.0"
+
+
+class AdamW8bit(torch.optim.AdamW):
+    pass
+
+
+def test_8_bit_optimizers_are_refused_by_name():
+    def make():
+        model = nn.Linear(3, 3)
+        return model, AdamW8bit(model.parameters())
+
+    with pytest.raises(NotImplementedError, match=r"AdamW8bit is not predicted: .* torch's AdamW"):
+        predict_memory(make, lambda model, optimizer: optimizer.step())
+
+
 class Wrapped(torch.optim.Optimizer):
     """As accelerate makes them: an Optimizer that never ran Optimizer's constructor."""
 

@@ -1,7 +1,8 @@
-"""What libraries hold on CUDA beside the tensors."""
+"""What libraries hold on CUDA beside the tensors, and what torch tells wrongly of tensors without data."""
 
 from __future__ import annotations
 
+import re
 from typing import Any, Final
 
 import torch
@@ -35,3 +36,52 @@ class Workspaces:
             return None
         self.held[thread] = torch.empty(WORKSPACE, dtype=torch.uint8)
         return self.held[thread]
+
+
+def grouped_mm(
+    a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """Make what `aten._grouped_mm` makes, whose shapes torch itself tells for bfloat16 alone.
+
+    Rows begin at multiples of 16 bytes (`create_grouped_gemm_output_tensor` in ATen/native/GroupedMMUtils.h).
+
+    Example:
+        >>> grouped_mm(torch.zeros(6, 4), torch.zeros(2, 4, 3), torch.tensor([2, 6])).stride()
+        (4, 1)
+    """
+    groups: list[int] = []
+    if a.dim() == b.dim():
+        groups = [a.shape[0] if offs is None else offs.shape[0]]
+    dtype = out_dtype or a.dtype
+    row = -(-b.shape[-1] * dtype.itemsize // 16) * 16 // dtype.itemsize
+    return a.new_empty_strided(
+        (*groups, a.shape[-2], b.shape[-1]), (a.shape[-2] * row, row, 1)[-2 - len(groups) :], dtype=dtype
+    )
+
+
+def batch_norm(x: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    """Keep mean and deviation of 16 bits in float32, as kernels do; torch says 16 bits where the weight has 32.
+
+    Example:
+        >>> x, weight, mean = torch.zeros(2, 3, dtype=torch.bfloat16), torch.ones(3), torch.zeros(3)
+        >>> batch_norm(x, weight, weight, mean, mean, True, 0.1, 1e-5)[1].dtype
+        torch.float32
+    """
+    out, *kept = _aten.native_batch_norm.default(x, weight, *rest)
+    given = next((each.dtype for each in (weight, rest[1]) if each is not None), x.dtype)
+    return out, *(each if each.dtype == given else each.new_empty(each.shape, dtype=given) for each in kept)
+
+
+CORRECTED: Final = {_aten._grouped_mm.default: grouped_mm, _aten.native_batch_norm.default: batch_norm}
+
+
+def refuse_quantized(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer with a state of 4 or 8 bits by its name: its own kernels make it, out of sight.
+
+    Example:
+        >>> refuse_quantized(torch.optim.AdamW([torch.zeros(2)]))
+    """
+    name = type(optimizer).__name__
+    if re.search("(4|8)bit|fp8", name, re.IGNORECASE):
+        given = f"{name} is not predicted: its kernels make its state out of sight"
+        raise NotImplementedError(f"{given}, so predict torch's AdamW or SGD in its place, which hold more.")

@@ -72,13 +72,13 @@ def predict_memory(
     backward's, as seen on an A100; newer GPUs are said to take 32 MiB each.
 
     A value that is read (`.item()`, `.tolist()`, `if tensor`) is known where it comes from integers and booleans of
-    at most 2^20 elements that no float and no random number went into, such as a mask of ones. Else it is a guess, 1
-    or False, and `guessed` says where; a GradScaler is told that no gradient overflowed. Not counted: memory within
-    a kernel, the CUDA context (0.5 to 1.5 GB), a forward that was run in `build`,
-    tensors in objects that `build` returns other than modules, optimizers and what wraps them, tensors and lists,
-    tuples and dicts of them. While it runs, no other thread should use autocast, GradScaler, dropout, attention or
-    `Module.to`, which are patched while it runs. Where tqdm is installed, a prediction of more than two seconds
-    shows its progress.
+    at most 2^20 elements, such as a mask of ones, or from at most 2^10 floats that `torch.tensor`, `arange` or
+    `linspace` makes, and no random number went into it. Else it is a guess, 1 or False, and `guessed` says where; a
+    GradScaler is told that no gradient overflowed. Not counted: memory within a kernel, the CUDA context (0.5 to
+    1.5 GB), a forward that was run in `build`, tensors in objects that `build` returns other than modules,
+    optimizers and what wraps them, tensors and lists, tuples and dicts of them. While it runs, no other thread should
+    use autocast, GradScaler, dropout, attention or `Module.to`, which are patched while it runs. Where tqdm is
+    installed, a prediction of more than two seconds shows its progress.
 
     `reserved_bytes` is what has to fit on the GPU beside the context: `CachingAllocator` replays what is followed. It
     is right where the tensors are, to 1 or 2 % for what order and releases decide. What cuDNN asks for, several

@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from gradaccum.memory.allocator import CachingAllocator
 from gradaccum.memory.attention import attention
-from gradaccum.memory.libraries import Workspaces
+from gradaccum.memory.libraries import CORRECTED, Workspaces, refuse_quantized
 from gradaccum.memory.measure import optimizers_in
 from gradaccum.memory.values import Values
 
@@ -158,7 +158,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is _aten._local_scalar_dense.default and (value := self._values.number(args[0])) is not None:
             return value
         try:
-            result = func(*args, **kwargs)
+            result = CORRECTED.get(func, func)(*args, **kwargs)
         except DataDependentOutputException as error:
             return self._read(func, args, kwargs, error)
         except DynamicOutputShapeException as error:
@@ -196,8 +196,9 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return 0.0  # so that a GradScaler steps
         kind = args[0].dtype
         answer: Any = kind != torch.bool and (1.0 if kind.is_floating_point else 1)
-        if not self._stepping:  # an optimizer's step counter changes no shape
-            self.guesses[_line_that_reads(), f"{str(kind)[6:]} taken as {answer}"] += 1
+        # An optimizer's step counter changes no shape, nor does what an initialization draws.
+        if not self._stepping and (line := _line_that_reads()):
+            self.guesses[line, f"{str(kind)[6:]} taken as {answer}"] += 1
         return answer
 
     def _sized(self, func: Any, args: Any, kwargs: Any, error: Exception) -> Any:
@@ -218,6 +219,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise NotImplementedError(
                 "LBFGS is not predicted: how often it evaluates and what it keeps is up to values."
             )
+        refuse_quantized(optimizer)
         self._stepping = True
         for group in optimizer.param_groups if self._device == "cuda" else ():
             alone = group.get("differentiable") or (isinstance(group["lr"], Tensor) and not group.get("capturable"))
@@ -296,9 +298,14 @@ def _replaced(device: str) -> Iterator[None]:
 
 
 def _line_that_reads() -> str:
-    """Return the file and line that asked for a value: the innermost that is neither torch's nor this package's."""
+    """Return the file and line that asked for a value, the innermost that is neither torch's nor this package's.
+
+    Nothing, where it was `torch.nn.init`.
+    """
     frame = sys._getframe(1)
     while frame.f_back:
+        if frame.f_globals.get("__name__") == "torch.nn.init":
+            return ""
         if frame.f_globals.get("__name__", "").partition(".")[0] not in ("torch", "gradaccum"):
             break
         frame = frame.f_back

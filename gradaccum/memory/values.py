@@ -1,4 +1,4 @@
-"""The values that a prediction knows: integers and booleans that no float and no random number went into."""
+"""The values that a prediction knows: integers, booleans and a few floats that no random number went into."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
 LIMIT: Final = 2**20  # elements; a larger tensor is no mask or length, and computing it would cost what it saves
+FEW: Final = 2**10  # floats: a schedule of rates or widths, out of which a model is made
 _aten = torch.ops.aten
+_RANGES: Final = {_aten.arange, _aten.linspace, _aten.logspace}  # of floats; those of zeros may stand for data
 # Their values are known whatever those of their tensor argument are, which gives no more than a size.
 _FILLED: Final = {
     _aten.zeros_like: 0,
@@ -36,12 +38,12 @@ class Values:
     def __init__(self) -> None:
         self._real = WeakTensorKeyDictionary()
 
-    def number(self, tensor: Tensor) -> int | bool | None:
+    def number(self, tensor: Tensor) -> float | None:
         """Return the one value in a tensor, None where it is not known."""
         if tensor not in self._real:
             return None
         with _disable_current_modes():
-            number: int | bool = self._real[tensor].item()
+            number: float = self._real[tensor].item()
             return number
 
     def note(self, func: Any, args: Any, kwargs: Mapping[str, Any], result: Any) -> None:
@@ -54,13 +56,13 @@ class Values:
             if is_exact:
                 with _disable_current_modes():
                     self._real[made[0]] = args[0].clone()
-        elif is_exact and func.overloadpacket in _FILLED:
+        elif is_exact and func.overloadpacket in _FILLED and not made[0].is_floating_point():
             fill = _FILLED[func.overloadpacket]
             fill = args[-1] if fill is None else fill
             if isinstance(fill, int | float):
                 with _disable_current_modes():
                     self._real[made[0]] = torch.full(made[0].shape, fill, dtype=made[0].dtype)
-        elif is_exact and self._follows(func, list(_tensors([args, kwargs]))):
+        elif is_exact and self._follows(func, list(_tensors([args, kwargs])), made[0].is_floating_point()):
             with _disable_current_modes():
                 real = func(*self._of(args), **self._of(kwargs))
             self._real.update(zip(made, _tensors([real]), strict=True))
@@ -70,10 +72,12 @@ class Values:
                 if argument.alias_info is not None and argument.alias_info.is_write:
                     self._forget(value)
 
-    def _follows(self, func: Any, given: list[Tensor]) -> bool:
+    def _follows(self, func: Any, given: list[Tensor], is_float: bool) -> bool:
         """Return whether a result follows from what is known; of no tensor at all, from the numbers given."""
         if torch.Tag.nondeterministic_seeded in func.tags or func.overloadpacket in _EMPTY:
             return False
+        if not given and is_float:
+            return func.overloadpacket in _RANGES
         return all(each in self._real for each in given)
 
     def shaped(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
@@ -105,7 +109,7 @@ class Values:
 
     def _forget(self, tree: Any) -> None:
         for tensor in _tensors([tree]):
-            if tensor.dtype.is_floating_point:
+            if not _is_exact(tensor):
                 continue  # of which nothing is known
             storage = tensor.untyped_storage()
             for known in [each for each in self._real if each.untyped_storage() is storage]:
@@ -113,8 +117,8 @@ class Values:
 
 
 def _is_exact(tensor: Tensor) -> bool:
-    kind = tensor.dtype
-    return not (kind.is_floating_point or kind.is_complex) and tensor.numel() <= LIMIT and not tensor.is_sparse
+    most = FEW if tensor.is_floating_point() else LIMIT
+    return tensor.numel() <= most and not tensor.is_complex() and tensor.layout == torch.strided
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
