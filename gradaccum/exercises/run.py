@@ -15,6 +15,7 @@ import types
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,10 +42,23 @@ class Seen(NamedTuple):
     problem: str = ""  # "not written", "finished", "too long", "stopped", or the exception
     text: str = ""
     changed: str = ""  # what the answer changed that it was given, in a sentence
+    tried: str = ""  # where a case is many calls: in which of them it went wrong, for the card
 
 
 class TimeUp(BaseException):
     """No Exception, so that an answer's own `except Exception` does not swallow it."""
+
+
+class Told(Exception):
+    """What a probe raises to refuse what came back: its text is the card's sentence as it is."""
+
+
+_trying: ContextVar[tuple[str, dict[str, str]]] = ContextVar("_trying", default=("", {}))
+
+
+def trying(what: str, **advice: str) -> None:
+    """Note, in a probe, which of its calls comes now, for the card, and what to add to an error of a kind."""
+    _trying.set((what, advice))
 
 
 @dataclass
@@ -94,6 +108,7 @@ def watch(
                 torch.default_generator.manual_seed(0)  # not torch.manual_seed, which asks each kind of device too
                 torch.set_grad_enabled(True)  # whatever the answer did in the case before
                 changed: list[str] = []
+                trying("")
                 sys.setprofile(profile)
                 try:
                     seen.append(Seen(plain(each.probe(_guarded(answer, changed), copy.deepcopy(case)))))
@@ -301,6 +316,9 @@ def _is_stub(error: BaseException, answer: Answer) -> bool:
 
 def _explained(error: BaseException, answer: Answer) -> Seen:
     kind, (frames, _) = type(error).__name__, _learners_frames(error, answer)
+    tried, advice = _trying.get()
+    if isinstance(error, Told):
+        return Seen(problem=str(error), text=str(error), tried=tried)
     try:
         lines = str(error).strip().splitlines()
     except (TimeUp, KeyboardInterrupt):
@@ -311,4 +329,6 @@ def _explained(error: BaseException, answer: Answer) -> Seen:
     if frames:
         number, line = frames[-1]
         text = f"Line {number}{f', `{line}`' if line else ''}: {problem}"
-    return Seen(problem=problem, text=text)
+    if kind in advice:
+        text += f"{'' if text.endswith(('.', '!', '?')) else '.'} {advice[kind]}"
+    return Seen(problem=problem, text=text, tried=tried)

@@ -10,6 +10,7 @@ import threading
 import time
 import warnings
 
+import numpy
 import pytest
 import torch
 from IPython.utils.capture import capture_output
@@ -430,6 +431,40 @@ def test_an_exception_is_one_line_with_its_source():
     sentence = f"Line {line}, `return numbers[1]  # too far`: IndexError: list index out of range"
     assert [result.problem for result in outcome.results] == [sentence, "The same error."]
     assert outcome.points == 0
+
+
+@pytest.mark.parametrize("identifier", ["3.3", "5.4"])
+@pytest.mark.parametrize(("found", "shown"), [(None, "None"), ("wrong", "'wrong'"), (0.15219, "0.152"), (1, "1")])
+def test_a_verdict_is_true_or_false(identifier, found, shown):
+    outcome = grade(exercises.find(identifier), lambda step: found)
+    assert (outcome.points, outcome.mistake) == (0, "")
+    assert outcome.results[0].problem == f"Your test returned {shown}: return True or False."
+
+
+def test_a_verdict_may_be_a_tensor_of_one_bool():
+    for kind in (
+        bool,
+        torch.tensor,
+        lambda found: torch.tensor([found]),
+        numpy.bool_,
+        lambda found: numpy.array([found]),
+    ):
+        outcome = grade(exercises.find("3.3"), lambda step, kind=kind: kind(False))
+        assert [result.passed for result in outcome.results] == [False, None, None], kind
+        assert outcome.results[0].problem == ""
+
+
+def test_an_error_names_the_call_it_came_from():
+    def asserts(step):
+        calls.append(step)
+        assert len(calls) % 100 < 3
+        return True
+
+    calls, question = [], exercises.find("3.3")
+    names = [does for does, _ in question.cases(0)[0][0]["steps"]]
+    first = grade(question, asserts).results[0]
+    assert first.tried == f"a step that {names[2]}"
+    assert first.problem.endswith(". A test here answers: return False where you would assert.")
 
 
 class Rude(Exception):

@@ -119,7 +119,8 @@ WRONG = [
     updates_compared(lambda one, other: one.norm() > 0),
 ]
 NAMED = [
-    (lambda step: None, "always_wrong"),
+    (lambda step: None,),
+    (lambda step: False, "always_wrong"),
     (unlike_before(torch.equal), "always_right"),
     (updates_compared(within(1e-2)), "a_little_tolerant"),
     (updates_compared(within(0.5)),),
