@@ -24,10 +24,12 @@ class Score(float):
         outcome: what was tried, property by property.
         report: the card as plain text.
         so_far: for a learner, in a sentence, how much of the lesson they have.
+        stale: a sentence, if it is about a version of the answer that is not the last.
     """
 
     outcome: Outcome
     so_far = ""
+    stale = ""
 
     def __new__(cls, outcome: Outcome) -> Score:
         """Make the number of the outcome's points."""
@@ -36,13 +38,13 @@ class Score(float):
         return score
 
     def _repr_html_(self) -> str:
-        return _card(self.outcome, self.so_far)
+        return _card(self.outcome, self.so_far, self.stale)
 
     @property
     def report(self) -> str:
         """Write the card as plain text."""
         outcome = self.outcome
-        lines = [_headline(outcome), *([outcome.note] if outcome.note else [])]
+        lines = [_headline(outcome), *filter(None, (self.stale, outcome.note))]
         for result in outcome.results:
             lines += [f"  {_verdict(result)[0]:10} {result.name} ({_worth(result)})"]
             lines += [f"             {line}" for line in _details(result)]
@@ -130,7 +132,7 @@ def _lines(lines: Sequence[str]) -> str:
     return "".join(f"<div style='margin:2px 0'>{_escaped(line)}</div>" for line in lines)
 
 
-def _card(outcome: Outcome, so_far: str = "") -> str:
+def _card(outcome: Outcome, so_far: str = "", stale: str = "") -> str:
     text = _escaped
     full = outcome.points == outcome.question.points
     rows = []
@@ -147,8 +149,7 @@ def _card(outcome: Outcome, so_far: str = "") -> str:
         body = f"{text(result.name[:1].upper() + result.name[1:])} {worth}{details}"
         rows.append(f"<li style='list-style:none;margin:6px 0'>{_badge(*_verdict(result))} {body}</li>")
     parts = [f"<b>{text(_headline(outcome))}</b>"]
-    if outcome.note:
-        parts.append(f"<p>{text(outcome.note)}</p>")
+    parts += [f"<p>{text(each)}</p>" for each in (stale, outcome.note) if each]
     parts.append(f"<ul style='padding-left:0;margin:6px 0'>{''.join(rows)}</ul>")
     if outcome.mistake:
         parts.append(f"<p><b>This looks like:</b> {text(outcome.mistake)}</p>")

@@ -77,7 +77,10 @@ def observe(question: Question, answer: Answer, seed: int | str = 0, seconds: fl
         )
         return Observed([[Seen(problem="TypeError", text=text)]])
     if question.given is not None and _is_unchanged(answer, question.given):
-        return Observed([[Seen(problem="not changed", text="Not changed yet: this is the code as it was given.")]])
+        text = (
+            "Not changed yet, or the changed cell did not run, or with another name: this is the code as it was given."
+        )
+        return Observed([[Seen(problem="not changed", text=text)]])
     observed = Observed([])
     with quietly() as captured:
         for each, cases in zip(question.properties, question.cases(seed), strict=True):

@@ -13,7 +13,9 @@ import warnings
 import numpy
 import pytest
 import torch
+from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
+from traitlets.config import Config
 
 from gradaccum import accumulate, exercises, windows
 from gradaccum.exercises import Score, check, compare, scorecard
@@ -788,6 +790,33 @@ def test_a_wide_tolerance_is_noticed(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------ the learner's side
+
+
+@pytest.mark.parametrize(
+    ("cells", "is_stale"),
+    [
+        (["def f(x):\n    return x"], False),
+        (["def f(x):\n    return x", "def f(x):\n    return x +"], True),
+        (["def f(x):\n    return x", "def f(x):\nreturn 2 * x"], True),
+        (["def f(x):\n    return x", "def f(x: Missing):\n    return x"], True),
+        (["def f(x):\n    return x +", "def f(x):\n    return x"], False),
+        (["def f(x):\n    return x", "def f(x):\n    return x +", "def f(x):\n    return x"], False),
+        (["def f(x):\n    return x", "def f(x):\n    return x +", "%%time\ndef f(x):\n    return 2 * x"], False),
+        (["def f(x):\n    return x\ng = f", "def f(x):\n    return 2 * x", "f = g"], False),
+        (["def f(x):\n    return x", "%%script false\ndef f(x):\n    return x +"], False),
+        (["import functools", "@functools.cache\ndef f(x):\n    return x", "1 +"], False),
+    ],
+)
+def test_a_card_says_if_a_later_version_failed(cells, is_stale, monkeypatch):
+    shell = InteractiveShell(config=Config(HistoryManager={"enabled": False}))
+    monkeypatch.setattr(exercises.stale, "get_ipython", lambda: shell)
+    with capture_output():
+        for cell in cells:
+            shell.run_cell(cell, store_history=True)
+    score = check("3.2", shell.user_ns["f"])
+    said = "Your last cell with `def f(` ended in an error: this is about the version before."
+    assert (said in score.report, score.stale != "") == (is_stale, is_stale)
+    assert ("ended in an error" in score._repr_html_()) == is_stale
 
 
 def test_check_refuses_an_unknown_exercise():
