@@ -317,6 +317,14 @@ def _is_stub(error: BaseException, answer: Answer) -> bool:
     return _learners_frames(error, answer)[1]  # torch raises NotImplementedError too, but not in the learner's code
 
 
+def _cut(line: str, most: int = 300) -> str:
+    """Cut a long line at the end of a sentence, or of a word."""
+    if len(line) <= most:
+        return line
+    end = line[:most].rfind(". ") + 1
+    return line[:end] if end else f"{line[:most].rpartition(' ')[0] or line[:most]} ..."
+
+
 def _explained(error: BaseException, answer: Answer) -> Seen:
     kind, (frames, _) = type(error).__name__, _learners_frames(error, answer)
     tried, advice = _trying.get()
@@ -328,7 +336,7 @@ def _explained(error: BaseException, answer: Answer) -> Seen:
         raise
     except BaseException:
         lines = []
-    text = problem = f"{kind}: {lines[0]:.300}" if lines else kind
+    text = problem = f"{kind}: {_cut(lines[0])}" if lines else kind
     if frames:
         number, line = frames[-1]
         text = f"Line {number}{f', `{line}`' if line else ''}: {problem}"

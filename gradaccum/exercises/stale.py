@@ -14,7 +14,7 @@ from IPython.core.getipython import get_ipython
 def note(answer: object) -> str:
     """Return the sentence for the card if a later cell that defines the answer ended in an error, "" if not."""
     shell = get_ipython()
-    if shell is None or type(answer) is not FunctionType:
+    if shell is None or shell.history_manager is None or type(answer) is not FunctionType:
         return ""
     name, code = answer.__name__, answer.__code__
     if code.co_name != name or shell.user_ns.get(name) is not answer:

@@ -138,7 +138,8 @@ with_one_micro_batch = mistake(
 )(checks_with(SGD, sizes=(4,)))
 
 to_the_last_bit = mistake(
-    "Right steps are called wrong where they add in another order; they differ by rounding, so allow a small tolerance."
+    "Of the right steps only the one that joins the micro-batches passes: do you compare without a tolerance for "
+    "rounding, or does your model look at the whole batch, as BatchNorm does?"
 )(checks_with(SGD, agree=torch.equal))
 
 on_unequal_sizes = mistake(
@@ -180,6 +181,11 @@ with_one_sample_each = mistake(
 with_one_repeated = mistake(
     "A step that uses one micro-batch alone passes, since all of yours are the same; draw each anew."
 )(checks_with(SGD, same=True))
+
+
+@mistake("Right and wrong are exchanged: True is for a step that does what the large batch does, a small difference.")
+def exchanged(step):
+    return not checks_with(SGD)(step)
 
 
 CLEARED = "A step clears .grad in the end, so compare the weights that it leaves."

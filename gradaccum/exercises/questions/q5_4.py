@@ -199,6 +199,11 @@ in_some_parameters = {
 }
 
 
+@mistake("Right and wrong are exchanged: True is for a step that does what the full batch does, a small difference.")
+def exchanged(step):
+    return not trial(UNLIKE)(step)
+
+
 CLEARED = "A step clears .grad in the end, so compare the weights that it leaves."
 
 

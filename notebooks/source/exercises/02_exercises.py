@@ -90,8 +90,10 @@ check("2.1", held)
 #
 # All gradients are empty when you get them.
 # The same micro-batches may come again later, so leave them as they are.
+# Memory is not checked here; in 2.3 it is.
 #
 # </details>
+# <br>
 #
 # **Example.** Say that four micro-batches have the gradients 2, 4, 1 and 3, wherever the one weight stands.
 # With a learning rate of 0.1 and `accumulation_steps=2`, the weight has to move by -0.1 * (2 + 4), then by -0.1 * (1 + 3): by -1.0 in all.
@@ -115,7 +117,9 @@ def train(model, optimizer, micro_batches, accumulation_steps):
 torch.manual_seed(0)
 model = nn.Linear(3, 3)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-micro_batches = [(torch.randn(4, 3), torch.randint(3, (4,))) for _ in range(4)]
+micro_batches = []
+for _ in range(4):
+    micro_batches.append((torch.randn(4, 3), torch.randint(3, (4,))))
 attempt(train, model, optimizer, micro_batches, accumulation_steps=2)
 print("expected: 0.0228, -0.0211, -0.1369; got:", model.bias.detach())
 
@@ -138,6 +142,13 @@ check("2.2", train)
 # <details><summary>Help: one window is right, but several are not</summary>
 #
 # What is in `.grad` when the second window begins?
+#
+# </details>
+# <details><summary>Help: RuntimeError, Trying to backward through the graph a second time</summary>
+#
+# A sum of losses that goes on through the next window still holds the graphs of the old one.
+# Call `backward()` for each loss at once.
+# Do not add `retain_graph=True`: the old losses would count again.
 #
 # </details>
 
@@ -165,6 +176,7 @@ check("2.2", train)
 # The function returns nothing.
 #
 # </details>
+# <br>
 #
 # **Example.** Five rows have losses with the gradients 2, 4, 1, 3 and 5, wherever the one weight stands.
 # With `most_rows=2` they are three pieces, the last one shorter, and the sum is 15.

@@ -112,6 +112,16 @@ def grads_of(step, twin_too=False):
     return relative_error(*([p.grad for p in each.parameters()] for each in (model, twin))) < 1e-5
 
 
+def looks_at_the_whole_batch(step):
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    twin = copy.deepcopy(model)
+    inputs, targets = torch.randn(12, 3), torch.randint(3, (12,))
+    step(model, torch.optim.SGD(model.parameters(), lr=0.5), list(zip(inputs.split(4), targets.split(4), strict=True)))
+    cross_entropy(twin(inputs), targets).backward()
+    torch.optim.SGD(twin.parameters(), lr=0.5).step()
+    return relative_error(model.parameters(), twin.parameters()) < 1e-5
+
+
 RIGHT = [gradients_compared, one_weight, records_the_gradient]
 WRONG = [
     only_one_update_looked_at,
@@ -129,6 +139,8 @@ NAMED = [
     (compares(lambda one, other: (one - other).norm() < 1e-2 * other.norm()), "a_little_tolerant"),
     (grads_of, "always_wrong"),
     (lambda step: grads_of(step, twin_too=True), "always_right"),
+    (looks_at_the_whole_batch, "to_the_last_bit"),
+    (lambda step: not one_weight(step), "exchanged"),
     (lambda step: None,),
     (lambda step: float(one_weight(step)),),
     (lambda step: "right" if one_weight(step) else "wrong",),
