@@ -159,7 +159,8 @@ def _card(outcome: Outcome, so_far: str = "", stale: str = "") -> str:
         shown = f"<pre style='white-space:pre-wrap'>{html.escape(outcome.printed)}</pre>"
         parts.append(f"<details><summary>What your code printed</summary>{shown}</details>")
     parts += [f"<small>{text(so_far)}</small>"] if so_far else []
-    colour = GREEN if full else GREY if outcome.note else RED
+    failed = any(result.passed is False for result in outcome.results)
+    colour = GREEN if full else GREY if outcome.note and not failed else RED
     style = f"border:1px solid {colour};border-left:6px solid {colour};padding:8px 12px;max-width:52em"
     name = f"Exercise {text(outcome.question.id)}: result"
     return f"<div role='status' aria-label='{name}' style='{style}'>{''.join(parts)}</div>"
@@ -189,8 +190,7 @@ class Row(NamedTuple):
         kept = self.kept
         if kept is None or (self.score is not None and self.score >= self.best):
             return ""
-        answer = f" (answer {kept.answer:.8})" if kept.answer else ""
-        best = f"{self.best} of {self.question.points} on {kept.on:.10}{answer}"
+        best = f"{self.best} of {self.question.points} on {kept.on:.10}"
         if self.score is not None:
             return f"best: {best}"
         last = f", {kept.last} at the last check" if kept.last < kept.best else ""
@@ -217,7 +217,7 @@ class Scorecard:
     def so_far(self) -> str:
         """Say how much of the lesson there is, for a check's card."""
         count = f"{self.solved} of {len(self.rows)} exercises of this lesson"
-        return f"So far: {count}, {self.points} of {self.possible} points."
+        return f"So far, best checks counted: {count}, {self.points} of {self.possible} points."
 
     def next_step(self) -> str:
         """Say what to do next, in one sentence."""

@@ -120,8 +120,15 @@ optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 micro_batches = []
 for _ in range(4):
     micro_batches.append((torch.randn(4, 3), torch.randint(3, (4,))))
-attempt(train, model, optimizer, micro_batches, accumulation_steps=2)
-print("expected: 0.0228, -0.0211, -0.1369; got:", model.bias.detach())
+
+
+def bias_after():
+    """Train, and return what became of the bias."""
+    train(model, optimizer, micro_batches, accumulation_steps=2)
+    return model.bias.detach()
+
+
+attempt(bias_after)  # expected: tensor([ 0.0228, -0.0211, -0.1369])
 
 # %% check-2-2
 check("2.2", train)
@@ -202,10 +209,16 @@ torch.manual_seed(0)
 model = nn.Linear(3, 3)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 inputs, targets = torch.randn(10, 3), torch.randint(3, (10,))
-attempt(delayed_step, model, optimizer, inputs, targets, most_rows=4)
-print("expected: -0.1265, 0.0947, -0.1033; got:", model.bias.detach())
-attempt(delayed_step, model, optimizer, inputs, targets, most_rows=3)
-print("expected: -0.2404, 0.2475, -0.1423; got:", model.bias.detach())
+
+
+def bias_after(most_rows):
+    """Make an update, and return what became of the bias."""
+    delayed_step(model, optimizer, inputs, targets, most_rows)
+    return model.bias.detach()
+
+
+attempt(bias_after, most_rows=4)  # expected: tensor([-0.1265,  0.0947, -0.1033])
+attempt(bias_after, most_rows=3)  # expected: tensor([-0.2404,  0.2475, -0.1423])
 
 # %% check-2-3
 check("2.3", delayed_step)
