@@ -79,6 +79,7 @@ def test_a_task_has_five_bullets_and_a_fine_print(lesson):
     for text in cells(handed_out(lesson), "exercise"):
         task, *folded = text.source.split("<details>")
         assert len(re.findall(r"^[-*+] |^\d+[.)] ", text.source, re.M)) <= 5, text.id
+        assert all("</details>\n<br>\n\n" in each for each in folded), f"{text.id}: a fold touches what is below it"
         assert [each.partition("\n")[0] for each in folded] in ([], ["<summary>The fine print</summary>"]), text.id
         assert task.count("\n\n- ") == 1 or text.id == "exercise-5-6", f"{text.id}: one list, above the fine print"
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from IPython.core.getipython import get_ipython
 from IPython.display import Code, display
 
-from gradaccum.exercises import progress
+from gradaccum.exercises import progress, stale
 from gradaccum.exercises.cards import Row, Score, Scorecard
 from gradaccum.exercises.judge import grade
 from gradaccum.exercises.question import Answer, Question, known_mistakes
@@ -102,6 +102,7 @@ def check(identifier: str, answer: Answer) -> Score:
     say_stopped()
     score = Score(grade(find(identifier), answer, os.environ.get("GRADACCUM_SEED", "0")))
     _scores[identifier] = score
+    score.stale = stale.note(answer)
     progress.keep(identifier, score.outcome.points, answer)
     if progress.is_on():  # a learner's notebook: a grader's cards speak of the answer alone
         score.so_far = scorecard(int(identifier.partition(".")[0])).so_far

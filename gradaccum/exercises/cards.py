@@ -24,10 +24,12 @@ class Score(float):
         outcome: what was tried, property by property.
         report: the card as plain text.
         so_far: for a learner, in a sentence, how much of the lesson they have.
+        stale: a sentence, if it is about a version of the answer that is not the last.
     """
 
     outcome: Outcome
     so_far = ""
+    stale = ""
 
     def __new__(cls, outcome: Outcome) -> Score:
         """Make the number of the outcome's points."""
@@ -36,13 +38,13 @@ class Score(float):
         return score
 
     def _repr_html_(self) -> str:
-        return _card(self.outcome, self.so_far)
+        return _card(self.outcome, self.so_far, self.stale)
 
     @property
     def report(self) -> str:
         """Write the card as plain text."""
         outcome = self.outcome
-        lines = [_headline(outcome), *([outcome.note] if outcome.note else [])]
+        lines = [_headline(outcome), *filter(None, (self.stale, outcome.note))]
         for result in outcome.results:
             lines += [f"  {_verdict(result)[0]:10} {result.name} ({_worth(result)})"]
             lines += [f"             {line}" for line in _details(result)]
@@ -130,7 +132,7 @@ def _lines(lines: Sequence[str]) -> str:
     return "".join(f"<div style='margin:2px 0'>{_escaped(line)}</div>" for line in lines)
 
 
-def _card(outcome: Outcome, so_far: str = "") -> str:
+def _card(outcome: Outcome, so_far: str = "", stale: str = "") -> str:
     text = _escaped
     full = outcome.points == outcome.question.points
     rows = []
@@ -147,8 +149,7 @@ def _card(outcome: Outcome, so_far: str = "") -> str:
         body = f"{text(result.name[:1].upper() + result.name[1:])} {worth}{details}"
         rows.append(f"<li style='list-style:none;margin:6px 0'>{_badge(*_verdict(result))} {body}</li>")
     parts = [f"<b>{text(_headline(outcome))}</b>"]
-    if outcome.note:
-        parts.append(f"<p>{text(outcome.note)}</p>")
+    parts += [f"<p>{text(each)}</p>" for each in (stale, outcome.note) if each]
     parts.append(f"<ul style='padding-left:0;margin:6px 0'>{''.join(rows)}</ul>")
     if outcome.mistake:
         parts.append(f"<p><b>This looks like:</b> {text(outcome.mistake)}</p>")
@@ -158,7 +159,8 @@ def _card(outcome: Outcome, so_far: str = "") -> str:
         shown = f"<pre style='white-space:pre-wrap'>{html.escape(outcome.printed)}</pre>"
         parts.append(f"<details><summary>What your code printed</summary>{shown}</details>")
     parts += [f"<small>{text(so_far)}</small>"] if so_far else []
-    colour = GREEN if full else GREY if outcome.note else RED
+    failed = any(result.passed is False for result in outcome.results)
+    colour = GREEN if full else GREY if outcome.note and not failed else RED
     style = f"border:1px solid {colour};border-left:6px solid {colour};padding:8px 12px;max-width:52em"
     name = f"Exercise {text(outcome.question.id)}: result"
     return f"<div role='status' aria-label='{name}' style='{style}'>{''.join(parts)}</div>"
@@ -188,8 +190,7 @@ class Row(NamedTuple):
         kept = self.kept
         if kept is None or (self.score is not None and self.score >= self.best):
             return ""
-        answer = f" (answer {kept.answer:.8})" if kept.answer else ""
-        best = f"{self.best} of {self.question.points} on {kept.on:.10}{answer}"
+        best = f"{self.best} of {self.question.points} on {kept.on:.10}"
         if self.score is not None:
             return f"best: {best}"
         last = f", {kept.last} at the last check" if kept.last < kept.best else ""
@@ -216,7 +217,7 @@ class Scorecard:
     def so_far(self) -> str:
         """Say how much of the lesson there is, for a check's card."""
         count = f"{self.solved} of {len(self.rows)} exercises of this lesson"
-        return f"So far: {count}, {self.points} of {self.possible} points."
+        return f"So far, best checks counted: {count}, {self.points} of {self.possible} points."
 
     def next_step(self) -> str:
         """Say what to do next, in one sentence."""

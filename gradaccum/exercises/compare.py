@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 Plain = Any  # numbers, strings, booleans, None, and lists and dicts of them: what JSON can carry
@@ -14,6 +15,11 @@ TOLERANCE = 1e-6
 
 
 LARGE = 10**300  # an int beyond this is no float, and is not shown
+
+
+ALL_ZEROS, EMPTY = "all zeros", "`.grad` is empty or all zeros"
+ZEROS = {"weights moved by": "the weights did not move", "gradient": EMPTY, "gradient of a second call": EMPTY}
+"""What it means, by what is compared."""
 
 
 class Difference(NamedTuple):
@@ -38,7 +44,8 @@ def agree(got: Plain, expected: Plain) -> Difference | None:
             return Difference(short(expected), short(got))
         for key, value in expected.items():
             if difference := agree(got[key], value):
-                return Difference(f"{key} {difference.expected}", f"{key} {difference.got}", difference.relation)
+                said = ZEROS.get(key, ALL_ZEROS) if difference.relation == ALL_ZEROS else difference.relation
+                return Difference(f"{key} {difference.expected}", f"{key} {difference.got}", said)
         return None
     if _is_vector(expected):
         same_length = _is_vector(got, any_number=True) and len(got) == len(expected)
@@ -65,7 +72,7 @@ def _relation(got: Sequence[float], expected: Sequence[float]) -> str:
     if error <= TOLERANCE * norm:
         return ""
     if norm == 0 or not any(got):
-        return "all zeros" if norm else "zeros were expected"
+        return ALL_ZEROS if norm else "zeros were expected"
     factor = sum(one * other for one, other in zip(got, expected, strict=True)) / norm**2
     rest = math.hypot(*(one - factor * other for one, other in zip(got, expected, strict=True)))
     # A single number is some factor of any other: worth saying only where it is a whole one, or one over it.
@@ -73,6 +80,9 @@ def _relation(got: Sequence[float], expected: Sequence[float]) -> str:
         abs(one - round(one)) <= TOLERANCE and abs(one) <= 64 for one in (factor, 1 / factor if factor else 0.5)
     )
     if rest <= TOLERANCE * norm and (len(got) > 1 or simple):
+        part = Fraction(factor).limit_denominator(12)  # as the weights beside it are written
+        if 0 < part < 1 and abs(factor - part) <= TOLERANCE * factor:
+            return f"exactly {part} as large"
         return f"exactly {factor:.5g} times as large"
     apart = f"{100 * error / norm:.3g} % off"
     return apart if len(got) == 1 else f"{apart}, relative to the length of what was expected"

@@ -124,7 +124,7 @@ def _judged(each: Property, cases: list[Case], seen: list[Seen], expected: list[
     for case, one, wanted in zip(cases, seen, expected, strict=False):
         tried = each.tried.format(**{name: short(value) for name, value in case.items()})
         if one.problem:
-            return found or Result(each.name, each.points, False, tried, problem=one.text)
+            return found or Result(each.name, each.points, False, one.tried or tried, problem=one.text)
         difference = each.judge(one.value, wanted)
         if difference and found is None:
             found = Result(each.name, each.points, False, tried, difference)
@@ -198,7 +198,7 @@ def _seen_of(question: Question, known: Mistake, index: int, seed: int | str) ->
 
 
 def _same(each: Property, ours: list[Seen], theirs: list[Seen]) -> bool:
-    if [one[1::2] for one in ours] != [one[1::2] for one in theirs]:  # problems and changes
+    if [(one.problem, one.changed) for one in ours] != [(one.problem, one.changed) for one in theirs]:
         return False
     return not each.by_value or all(
         repr(one.value) == repr(other.value) or agree(one.value, other.value) is None

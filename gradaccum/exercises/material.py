@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from gradaccum.accumulation import accumulate
 from gradaccum.data import IGNORED, count_targets, random_tokens
 from gradaccum.exercises.compare import Difference, Plain
+from gradaccum.exercises.run import Told, shown, trying
 from gradaccum.memory import measure_memory
 from gradaccum.models import embedding_linear
 
@@ -119,6 +120,18 @@ def update_with(fill: Callable[..., Any]) -> Callable[..., Any]:
         return found
 
     return step
+
+
+def verdict(is_right: Callable[..., Any], text: str, does: str) -> bool:
+    """Return what a learner's test says of the step that a text fills; raise where it says neither True nor False."""
+    trying(f"a step that {does}", AssertionError="A test here answers: return False where you would assert.")
+    found = is_right(update_with(function_of(text)))
+    if isinstance(found, bool):
+        return found
+    if str(getattr(found, "dtype", "")) in ("bool", "torch.bool") and len(found.flatten()) == 1:
+        return bool(found)
+    value = f"{found:.3g}" if isinstance(found, float) else shown(found, 80)
+    raise Told(f"Your test returned {value}: return True or False.")
 
 
 def _numbers(tensors: Sequence[Tensor]) -> list[float]:

@@ -113,7 +113,7 @@ def counted() -> str:
     elif _unwritten:
         why = f"{shown} cannot be written"
     else:
-        what = "points, day and a digest of the answer, for you alone"
+        what = "points, day and a short fingerprint of the answer, for you alone"
         return f"Counted is the best check of each exercise, in earlier sessions too: {shown} keeps {what}."
     return f"Counted is the best check of each exercise since the notebook was started; nothing is kept: {why}."
 

@@ -15,6 +15,7 @@ import types
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,10 +42,23 @@ class Seen(NamedTuple):
     problem: str = ""  # "not written", "finished", "too long", "stopped", or the exception
     text: str = ""
     changed: str = ""  # what the answer changed that it was given, in a sentence
+    tried: str = ""  # where a case is many calls: in which of them it went wrong, for the card
 
 
 class TimeUp(BaseException):
     """No Exception, so that an answer's own `except Exception` does not swallow it."""
+
+
+class Told(Exception):
+    """What a probe raises to refuse what came back: its text is the card's sentence as it is."""
+
+
+_trying: ContextVar[tuple[str, dict[str, str]]] = ContextVar("_trying", default=("", {}))
+
+
+def trying(what: str, **advice: str) -> None:
+    """Note, in a probe, which of its calls comes now, for the card, and what to add to an error of a kind."""
+    _trying.set((what, advice))
 
 
 @dataclass
@@ -63,7 +77,10 @@ def observe(question: Question, answer: Answer, seed: int | str = 0, seconds: fl
         )
         return Observed([[Seen(problem="TypeError", text=text)]])
     if question.given is not None and _is_unchanged(answer, question.given):
-        return Observed([[Seen(problem="not changed", text="Not changed yet: this is the code as it was given.")]])
+        text = (
+            "Not changed yet, or the changed cell did not run, or with another name: this is the code as it was given."
+        )
+        return Observed([[Seen(problem="not changed", text=text)]])
     observed = Observed([])
     with quietly() as captured:
         for each, cases in zip(question.properties, question.cases(seed), strict=True):
@@ -94,6 +111,7 @@ def watch(
                 torch.default_generator.manual_seed(0)  # not torch.manual_seed, which asks each kind of device too
                 torch.set_grad_enabled(True)  # whatever the answer did in the case before
                 changed: list[str] = []
+                trying("")
                 sys.setprofile(profile)
                 try:
                     seen.append(Seen(plain(each.probe(_guarded(answer, changed), copy.deepcopy(case)))))
@@ -299,16 +317,29 @@ def _is_stub(error: BaseException, answer: Answer) -> bool:
     return _learners_frames(error, answer)[1]  # torch raises NotImplementedError too, but not in the learner's code
 
 
+def _cut(line: str, most: int = 300) -> str:
+    """Cut a long line at the end of a sentence, or of a word."""
+    if len(line) <= most:
+        return line
+    end = line[:most].rfind(". ") + 1
+    return line[:end] if end else f"{line[:most].rpartition(' ')[0] or line[:most]} ..."
+
+
 def _explained(error: BaseException, answer: Answer) -> Seen:
     kind, (frames, _) = type(error).__name__, _learners_frames(error, answer)
+    tried, advice = _trying.get()
+    if isinstance(error, Told):
+        return Seen(problem=str(error), text=str(error), tried=tried)
     try:
         lines = str(error).strip().splitlines()
     except (TimeUp, KeyboardInterrupt):
         raise
     except BaseException:
         lines = []
-    text = problem = f"{kind}: {lines[0]:.300}" if lines else kind
+    text = problem = f"{kind}: {_cut(lines[0])}" if lines else kind
     if frames:
         number, line = frames[-1]
         text = f"Line {number}{f', `{line}`' if line else ''}: {problem}"
-    return Seen(problem=problem, text=text)
+    if kind in advice:
+        text += f"{'' if text.endswith(('.', '!', '?')) else '.'} {advice[kind]}"
+    return Seen(problem=problem, text=text, tried=tried)

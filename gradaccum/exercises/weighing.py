@@ -42,6 +42,7 @@ class Gradient:
         counts: the items in each; empty where a weight is no share of them, and an audit has nothing to say.
         steps: k, the accumulation steps that were asked for.
         name: where it is, to begin a sentence: "In update 2".
+        unit: what each of them is called.
     """
 
     held: Plain
@@ -50,6 +51,7 @@ class Gradient:
     counts: Mapping[int, int]
     steps: int = 0
     name: str = ""
+    unit: str = "micro-batch"
 
 
 class Weights(NamedTuple):
@@ -62,11 +64,13 @@ class Weights(NamedTuple):
     kind: str
     sentence: str
     whole: bool = True  # whether these are all micro-batches that there are
+    unit: str = "micro-batch"
 
     def __str__(self) -> str:
         """Say what each got and what it should have."""
-        who = f"icro-batch{'es' if len(self.numbers) > 1 else ''}"
-        who = f"the m{who}" if self.whole else f"m{who} {_ranges(self.numbers)}"
+        several = "es" if self.unit.endswith("h") else "s"
+        who = f"{self.unit}{several if len(self.numbers) > 1 else ''}"
+        who = f"the {who}" if self.whole else f"{who} {_ranges(self.numbers)}"
         got, right = _written(self.got, self.right)
         text = f"{who} got the weight{'s' if len(self.got) > 1 else ''} {got} and should have {right}."
         return f"{self.name}, {text}" if self.name else text[0].upper() + text[1:]
@@ -138,6 +142,7 @@ def weigh(gradients: Iterable[Gradient]) -> Weights | None:
                 kind,
                 sentence,
                 whole=[numbers[index] for index in shown] == list(range(1, len(got) + 1)),
+                unit=each.unit,
             )
     return None
 

@@ -10,17 +10,20 @@ import threading
 import time
 import warnings
 
+import numpy
 import pytest
 import torch
+from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
+from traitlets.config import Config
 
 from gradaccum import accumulate, exercises, windows
-from gradaccum.exercises import Score, check, compare, scorecard
+from gradaccum.exercises import Score, cards, check, compare, scorecard
 from gradaccum.exercises.compare import Difference, agree
 from gradaccum.exercises.judge import LEFT, SAME, UNKNOWN, grade, judge
 from gradaccum.exercises.question import Property, Question, known_mistakes, mistake
 from gradaccum.exercises.run import observe, plain
-from gradaccum.exercises.weighing import Gradient
+from gradaccum.exercises.weighing import Gradient, Weights
 
 
 def numbers(draw):
@@ -315,6 +318,28 @@ def test_the_row_is_of_the_case_that_was_tried():
     assert str(result.weights) == "In update 2, the micro-batches got the weights 2 each and should have 1/3 each."
 
 
+def test_pieces_are_called_pieces():
+    found = Weights("Here", [1, 2], [1.0, 0.5], [1.0, 1.0], "", "", unit="piece")
+    assert str(found) == "Here, the pieces got the weights 1, 1/2 and should have 1 each."
+
+
+@pytest.mark.parametrize(
+    ("identifier", "index", "said"),
+    [
+        ("3.1", 1, "a generator of 7 micro-batches of 3 samples each"),
+        ("2.2", 1, "2 windows, each of 3 micro-batches of size 4, then the same windows again, without the last"),
+        (
+            "2.2",
+            2,
+            "accumulation_steps=1 and 5 micro-batches of size 3, then the same micro-batches again, without the last",
+        ),
+    ],
+)
+def test_what_was_tried_is_in_words(identifier, index, said):
+    question = exercises.find(identifier)
+    assert question.properties[index].tried.format(**question.cases(0)[index][0]) == said
+
+
 def probe_of_w(answer, case):
     return answer(case["w"])
 
@@ -344,7 +369,13 @@ def test_a_card_leads_with_the_relation():
         ([2.0, 4.0], [1.0, 2.0], "exactly 2 times as large"),
         ([2.5, 5.0], [1.0, 2.0], "exactly 2.5 times as large"),
         ([5.0], [2.0], "150 % off"),
-        ([0.5], [2.0], "exactly 0.25 times as large"),
+        ([0.5], [2.0], "exactly 1/4 as large"),
+        ([2.0, 4.0], [3.0, 6.0], "exactly 2/3 as large"),
+        ([-1.0, -2.0], [2.0, 4.0], "exactly -0.5 times as large"),
+        ([1.0, 2.0], [13.0, 26.0], "exactly 0.076923 times as large"),
+        ({"weights moved by": [0.0]}, {"weights moved by": [1.0]}, "the weights did not move"),
+        ({"gradient": [0.0]}, {"gradient": [1.0]}, "`.grad` is empty or all zeros"),
+        ({"a": [0.0]}, {"a": [1.0]}, "all zeros"),
         ([0.0, 0.0], [1.0, 2.0], "all zeros"),
         ([1.0, 1.0], [0.0, 0.0], "zeros were expected"),
         ([1.0, 2.002], [1.0, 2.0], "0.0894 % off, relative to the length of what was expected"),
@@ -430,6 +461,56 @@ def test_an_exception_is_one_line_with_its_source():
     sentence = f"Line {line}, `return numbers[1]  # too far`: IndexError: list index out of range"
     assert [result.problem for result in outcome.results] == [sentence, "The same error."]
     assert outcome.points == 0
+
+
+@pytest.mark.parametrize("identifier", ["3.3", "5.4"])
+@pytest.mark.parametrize(("found", "shown"), [(None, "None"), ("wrong", "'wrong'"), (0.15219, "0.152"), (1, "1")])
+def test_a_verdict_is_true_or_false(identifier, found, shown):
+    outcome = grade(exercises.find(identifier), lambda step: found)
+    assert (outcome.points, outcome.mistake) == (0, "")
+    assert outcome.results[0].problem == f"Your test returned {shown}: return True or False."
+
+
+def test_a_verdict_may_be_a_tensor_of_one_bool():
+    for kind in (
+        bool,
+        torch.tensor,
+        lambda found: torch.tensor([found]),
+        numpy.bool_,
+        lambda found: numpy.array([found]),
+    ):
+        outcome = grade(exercises.find("3.3"), lambda step, kind=kind: kind(False))
+        assert [result.passed for result in outcome.results] == [False, None, None], kind
+        assert outcome.results[0].problem == ""
+
+
+def test_an_error_names_the_call_it_came_from():
+    def asserts(step):
+        calls.append(step)
+        assert len(calls) % 100 < 3
+        return True
+
+    calls, question = [], exercises.find("3.3")
+    names = [does for does, _ in question.cases(0)[0][0]["steps"]]
+    first = grade(question, asserts).results[0]
+    assert first.tried == f"a step that {names[2]}"
+    assert first.problem.endswith(". A test here answers: return False where you would assert.")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a. " * 100, ("a. " * 100).strip()),
+        ("One sentence. " + "x" * 300, "One sentence."),
+        ("word " * 70, "word " * 60 + "..."),
+        ("x" * 301, "x" * 300 + " ..."),
+    ],
+)
+def test_a_long_error_ends_with_a_sentence_or_word(text, shown):
+    def answer(x):
+        raise RuntimeError(text)
+
+    assert grade(DOUBLE, answer).results[0].problem.endswith(f"RuntimeError: {shown}")
 
 
 class Rude(Exception):
@@ -724,6 +805,8 @@ def test_a_repair_that_breaks_more_earns_nothing():
     outcome = grade(HUNT, lambda x: 2 * x if x else 1.0)
     assert outcome.points == 0
     assert outcome.note.startswith("Something that worked in the given code no longer does")
+    assert cards.RED in Score(outcome)._repr_html_().partition(">")[0]
+    assert cards.GREY in Score(grade(HUNT, hunt))._repr_html_().partition(">")[0]
     assert [one.passed for one in outcome.results] == [None, False], "a row that says PASS would promise its points"
 
 
@@ -753,6 +836,33 @@ def test_a_wide_tolerance_is_noticed(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------ the learner's side
+
+
+@pytest.mark.parametrize(
+    ("cells", "is_stale"),
+    [
+        (["def f(x):\n    return x"], False),
+        (["def f(x):\n    return x", "def f(x):\n    return x +"], True),
+        (["def f(x):\n    return x", "def f(x):\nreturn 2 * x"], True),
+        (["def f(x):\n    return x", "def f(x: Missing):\n    return x"], True),
+        (["def f(x):\n    return x +", "def f(x):\n    return x"], False),
+        (["def f(x):\n    return x", "def f(x):\n    return x +", "def f(x):\n    return x"], False),
+        (["def f(x):\n    return x", "def f(x):\n    return x +", "%%time\ndef f(x):\n    return 2 * x"], False),
+        (["def f(x):\n    return x\ng = f", "def f(x):\n    return 2 * x", "f = g"], False),
+        (["def f(x):\n    return x", "%%script false\ndef f(x):\n    return x +"], False),
+        (["import functools", "@functools.cache\ndef f(x):\n    return x", "1 +"], False),
+    ],
+)
+def test_a_card_says_if_a_later_version_failed(cells, is_stale, monkeypatch):
+    shell = InteractiveShell(config=Config(HistoryManager={"enabled": False}))
+    monkeypatch.setattr(exercises.stale, "get_ipython", lambda: shell)
+    with capture_output():
+        for cell in cells:
+            shell.run_cell(cell, store_history=True)
+    score = check("3.2", shell.user_ns["f"])
+    said = "Your last cell with `def f(` ended in an error: this is about the version before."
+    assert (said in score.report, score.stale != "") == (is_stale, is_stale)
+    assert ("ended in an error" in score._repr_html_()) == is_stale
 
 
 def test_check_refuses_an_unknown_exercise():

@@ -40,10 +40,10 @@ def clear(model):
 
 K = "k, which you know when the last micro-batch is through"
 AGAIN = "The mean over a micro-batch is divided by its number of samples once more; the mean has done that already"
-SO_FAR = "Each loss is divided by the micro-batches so far, i + 1, and only the last of these is k"
+SO_FAR = "Each loss is divided by how many micro-batches have come so far, which is k only for the last one"
 LAST = (
-    "Only the last micro-batch is left: the gradients are cleared or overwritten inside the loop, or backward is "
-    "called for the last one alone; call it for each, and leave .grad alone in between."
+    "Only the last micro-batch is left: the gradients before it are cleared or overwritten, or backward is called for "
+    "it alone; call it for each, and leave .grad alone in between."
 )
 TOTAL = (
     "backward() starts from a running total, so the first micro-batches are added again with each later one; call it "
@@ -81,7 +81,7 @@ FILLS = [  # name, sentence, how it is made
     ),
     (
         "divided_by_those_so_far",
-        f"{SO_FAR}; divide what is collected by k in the end, or correct it at each step.",
+        f"{SO_FAR}; leave that out, and divide each .grad by k in the end.",
         {"factor": lambda at: 1 / at.number, "end": undivided},
     ),
     (

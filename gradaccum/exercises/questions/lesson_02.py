@@ -49,7 +49,8 @@ def parts(case, got):
 
 def moves(name, points, probe, tried, *shapes):
     several = "{windows}" in tried
-    tried = f"{tried} of size {{size}}{', then all but the last once more' if several else ''}"
+    again = "windows" if "{accumulation_steps}" in tried else "micro-batches"
+    tried = f"{tried} of size {{size}}{f', then the same {again} again, without the last' if several else ''}"
     return Property(name, points, shaped(*shapes), probe, moved_by_sums, tried, parts=None if several else parts)
 
 
@@ -66,8 +67,8 @@ def collect(model, micro_batches, factor=1.0):
 
 
 @mistake(
-    "Only the last micro-batch of a window reaches the step: the gradients are cleared or overwritten for each "
-    "micro-batch, or backward() is called for the last one alone; call it for each, and clear once per window."
+    "Only the last micro-batch of a window reaches the step: the gradients before it are cleared or overwritten, or "
+    "backward() is called for it alone; call it for each, and clear right after the step."
 )
 def cleared_inside(model, optimizer, micro_batches):
     for inputs, targets in micro_batches:
@@ -125,8 +126,8 @@ def divided(model, optimizer, micro_batches):
 
 
 @mistake(
-    "Each loss is divided by the micro-batches so far, i + 1; leave the division out: the update uses the sum here, "
-    "and it is lesson 3 that divides."
+    "Each loss is divided by how many micro-batches have come so far; leave the division out: the update uses the sum "
+    "here, and it is lesson 3 that divides."
 )
 def divided_by_those_so_far(model, optimizer, micro_batches):
     for i, (inputs, targets) in enumerate(micro_batches):

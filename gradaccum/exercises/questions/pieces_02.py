@@ -115,8 +115,8 @@ LOOPS = [  # name, sentence, how the loop is made
     ),
     (
         "cleared_inside",
-        "Only the last piece reaches the step: the gradients are cleared or overwritten for each piece, or backward() "
-        "is called for the last one alone; call it for each, and clear once per call.",
+        "Only the last piece reaches the step: the gradients before it are cleared or overwritten, or backward() is "
+        "called for it alone; call it for each, and clear right after the step.",
         {"before": (CLEAR,), "last": (STEP,)},
     ),
     (

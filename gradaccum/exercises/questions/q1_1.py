@@ -50,7 +50,7 @@ def with_each_optimizer(*runs, **more):
 
 
 TRIED = "{optimizer}, batches of [rows, tokens in a row] {shapes}"
-AGAIN = ", then all but the last once more"
+AGAIN = ", then the same batches again, without the last"
 ONE_UPDATE = "one call makes the update of the loop"
 SEVERAL = "several calls in a row make one update each, from their own batch alone"
 ONE_BATCH, SMALL = ([[3, 4]], [[1, 5]]), ([[2, 3]], [[1, 1]])

@@ -94,6 +94,11 @@ def cleared_late(events):
     return sum(since(events[:-1] if events[-1] == "clear" else events))
 
 
+@mistake("None comes back each time: the function returned nothing. print shows a value, return gives it back.")
+def nothing_returned(events):
+    print(sum(since(events)))
+
+
 @mistake("None comes back where .grad is empty in the end; return 0 there.")
 def none_if_empty(events):
     return sum(since(events)) if since(events) else None

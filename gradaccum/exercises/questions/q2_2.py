@@ -106,6 +106,20 @@ def first_lost(model, optimizer, micro_batches, accumulation_steps):
             optimizer.step()
 
 
+@mistake(
+    "After the first window, a backward() meets a graph that an earlier one has freed, as when a sum of losses goes on "
+    "through the next window; call backward() for each loss at once, and keep nothing of it."
+)
+def total_goes_on(model, optimizer, micro_batches, accumulation_steps):
+    total = 0.0
+    for step, (inputs, targets) in enumerate(micro_batches):
+        total = total + cross_entropy(model(inputs), targets)
+        if (step + 1) % accumulation_steps == 0:
+            total.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
 @mistake("All micro-batches together make a single step; each window makes one, so the step belongs inside the loop.")
 def one_step_in_all(model, optimizer, micro_batches, accumulation_steps):
     lesson_02.collect(model, micro_batches)

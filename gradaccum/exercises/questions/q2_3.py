@@ -26,7 +26,8 @@ def parts(case, got):
     pieces = dict(enumerate(by_most_rows(*batch, case["most_rows"]), start=1))
     sums, right = own_gradients(model, pieces, summed), dict.fromkeys(pieces, 1.0)
     held = scaled(-1 / case["learning_rate"], got["weights moved by"])
-    each = Gradient(held, sums, right, counts={}, name="As sums over most_rows rows")
+    name = "Against the sum over each piece of most_rows rows"
+    each = Gradient(held, sums, right, counts={}, name=name, unit="piece")
     if (found := weigh([each])) and found.got:
         yield each
 
@@ -64,7 +65,7 @@ def shaped(*shapes):
 
 ONE = "a call makes one update, by the gradient of the summed loss of all rows"
 TRIED = "{rows} rows, most_rows = {most_rows}"
-MANY_TRIED = "calls with {rows} rows, then all but the last once more, most_rows = {most_rows}"
+MANY_TRIED = "calls with {rows} rows, then the same calls again, without the last, most_rows = {most_rows}"
 ONE_SHAPES = (10, 4), (9, 3), (11, 2), (3, 8), (5, 5), (6, 1)
 MANY_SHAPES = ([5, 8, 4], 3), ([4, 4], 2), ([1, 9, 2, 6], 5)
 LARGE_SHAPES = (10, 4), (11, 4), (5, 1), (3, 8), (279, 64)  # 64 goes 4 times into 279, and 4 pieces would be larger

@@ -40,12 +40,17 @@ def parts(case, got):
         yield Gradient(got["gradient of a second call"], means, right, counts, len(window), "In a second call")
 
 
+def in_words(k, size):
+    return f"{k} micro-batch{'es' if k > 1 else ''} of {size} sample{'s' if size > 1 else ''}{' each' if k > 1 else ''}"
+
+
 def equal_windows(draw):
     shapes = [(2, 3), (5, 1), (3, 4), (4, 2), (8, 64), (1, 5)]  # k and the size: no single number serves them all
     scales = [1, 1, 1, 30, 1, 30]  # some gradients are longer than 1, so that clipping shows
     return [
         {
             "sizes": [size] * k,
+            "window": in_words(k, size),
             "scale": scale,
             "source": "list" if k == 3 else "generator",
             "seed": draw.randrange(10**6),
@@ -85,11 +90,12 @@ def one_at_a_time(case):
 
 
 def generated(k, size):
-    return lambda draw: [{"sizes": [size] * k, "source": "generator", "seed": draw.randrange(10**6)}]
+    window = {"sizes": [size] * k, "window": in_words(k, size)}
+    return lambda draw: [window | {"source": "generator", "seed": draw.randrange(10**6)}]
 
 
 EQUAL = "equal micro-batches give the gradient of the one large batch"
-TRIED = "a {source} of micro-batches of {sizes} samples"
+TRIED = "a {source} of {window}"
 QUESTION = Question(
     "A window without a length",
     (
@@ -176,7 +182,7 @@ def stepped(model, micro_batches):
 
 
 @mistake(
-    "The micro-batches are collected, as by list(...) or sorted into a dict, so all of them are there at once; use "
+    "The micro-batches are collected, as by list(...), so all of them are there at once; use "
     "each when it comes, and keep nothing of it."
 )
 def listed(model, micro_batches):
@@ -185,7 +191,7 @@ def listed(model, micro_batches):
 
 @mistake(
     "All micro-batches are held with their activations: by one backward at the end, by joining the micro-batches, by "
-    "retain_graph=True, or by lists of them and of losses or outputs; call backward for each and keep nothing of it."
+    "retain_graph=True, or by a list of losses or outputs; call backward for each and keep nothing of it."
 )
 def one_backward(model, micro_batches):
     losses = [cross_entropy(model(inputs), targets) for inputs, targets in micro_batches]

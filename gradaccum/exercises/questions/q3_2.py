@@ -29,6 +29,11 @@ def divisor_for(reduction):
 QUESTION = Question("Sum or mean", (divisor_for("mean"), divisor_for("sum")))
 
 
+@mistake("None comes back each time: the function returned nothing. print shows a value, return gives it back.")
+def nothing_returned(reduction, sizes):
+    print(len(sizes) if reduction == "mean" else sum(sizes))
+
+
 @mistake("Sum and mean are the wrong way round: a mean has been divided by its own items already, a sum by nothing.")
 def swapped(reduction, sizes):
     return sum(sizes) if reduction == "mean" else len(sizes)

@@ -129,7 +129,7 @@ SGD = torch.optim.SGD
 
 with_adam = mistake(
     "Steps that scale the gradient pass, the one without the division among them; Adam and clipping hide a factor, and "
-    "so does comparing directions: use SGD without clipping, or compare the gradients themselves."
+    "so does comparing directions: use SGD without clipping, and compare the new weights."
 )(checks_with(torch.optim.Adam, lr=1e-3))
 
 with_one_micro_batch = mistake(
@@ -138,7 +138,8 @@ with_one_micro_batch = mistake(
 )(checks_with(SGD, sizes=(4,)))
 
 to_the_last_bit = mistake(
-    "Right steps are called wrong where they add in another order; they differ by rounding, so allow a small tolerance."
+    "Of the right steps only the one that joins the micro-batches passes: do you compare without a tolerance for "
+    "rounding, or does your model look at the whole batch, as BatchNorm does?"
 )(checks_with(SGD, agree=torch.equal))
 
 on_unequal_sizes = mistake(
@@ -147,8 +148,8 @@ on_unequal_sizes = mistake(
 )(checks_with(SGD, sizes=(5, 1, 2)))
 
 rather_tolerant = mistake(
-    "A step that does not divide is noticed, but others pass whose update is off by less; compare the new weights, or "
-    "the gradients, more closely: right steps agree to 1e-6."
+    "A step that does not divide is noticed, but others pass whose update is off by less; compare the new weights more "
+    "closely: right steps agree to 1e-6."
 )(checks_with(SGD, agree=close(0.1)))
 
 a_little_tolerant = mistake(
@@ -182,11 +183,19 @@ with_one_repeated = mistake(
 )(checks_with(SGD, same=True))
 
 
-@mistake("Every step passes, the wrong ones too: does your test compare at all, with what, and how closely?")
+@mistake("Right and wrong are exchanged: True is for a step that does what the large batch does, a small difference.")
+def exchanged(step):
+    return not checks_with(SGD)(step)
+
+
+CLEARED = "A step clears .grad in the end, so compare the weights that it leaves."
+
+
+@mistake(f"Every step passes, the wrong ones too: does your test compare at all, with what, and how closely? {CLEARED}")
 def always_right(step):
     return True
 
 
-@mistake("Every step is rejected, the right ones too: what does your test compare with?")
+@mistake(f"Every step is rejected, the right ones too: what does your test compare with? {CLEARED}")
 def always_wrong(step):
     return False

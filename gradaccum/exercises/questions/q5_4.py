@@ -158,7 +158,7 @@ without_padding = mistake(
 
 with_adam = mistake(
     "Steps that scale the gradient pass, the one without the division among them; Adam and clipping hide a factor, and "
-    "so does comparing directions: use SGD without clipping, or compare the gradients themselves."
+    "so does comparing directions: use SGD without clipping, and compare the new weights."
 )(trial(UNLIKE, torch.optim.Adam, lr=1e-3, agree=close(1e-6)))
 
 with_clipping = mistake(with_adam.sentence)(trial(UNLIKE, Clipped))
@@ -178,7 +178,7 @@ means_expected = mistake(
 
 rather_tolerant = mistake(
     "A step that does not divide is noticed, but others pass whose update is off by less, the mean of means among "
-    "them; compare the new weights, or the gradients, more closely: right steps agree to 1e-5."
+    "them; compare the new weights more closely: right steps agree to 1e-5."
 )(trial(UNLIKE, agree=close(0.5)))
 
 a_little_tolerant = mistake(
@@ -199,11 +199,19 @@ in_some_parameters = {
 }
 
 
-@mistake("Every step passes, the wrong ones too: does your test compare weights or gradients, with what, how closely?")
+@mistake("Right and wrong are exchanged: True is for a step that does what the full batch does, a small difference.")
+def exchanged(step):
+    return not trial(UNLIKE)(step)
+
+
+CLEARED = "A step clears .grad in the end, so compare the weights that it leaves."
+
+
+@mistake(f"Every step passes, the wrong ones too: does your test compare at all, with what, and how closely? {CLEARED}")
 def always_right(step):
     return True
 
 
-@mistake("All right steps are rejected: does your test return what it finds, and does it allow for rounding?")
+@mistake(f"All right steps are rejected: what does your test compare with, and does it allow for rounding? {CLEARED}")
 def always_wrong(step):
     return False

@@ -9,7 +9,7 @@ from gradaccum.exercises.question import Property
 
 def verdicts(answer, case):
     """Ask a learner's test about each step, in the order of the case."""
-    return [bool(answer(material.update_with(material.function_of(text)))) for text in case["steps"]]
+    return [material.verdict(answer, text, does) for does, text in case["steps"]]
 
 
 def text_of(fill):
@@ -28,17 +28,16 @@ def asking(right, wrong):
     not asked about serve to recognize a mistake, by all that it lets pass.
     """
     texts = {does: text_of(fill) for does, fill in {**right, **wrong}.items()}
-    does = {text: name for name, text in texts.items()}
 
     def calls(name, points, asked, tried, after):
         ours, others = (wrong, right) if asked.keys() <= wrong.keys() else (right, wrong)
 
         def cases(draw):
             steps = [*ours, *draw.sample([*others], draw.randrange(1, 4))]
-            return [{"steps": [texts[each] for each in draw.sample(steps, len(steps))]}]
+            return [{"steps": [[each, texts[each]] for each in draw.sample(steps, len(steps))]}]
 
         def expected(case):
-            return [(does[text] in right, does[text]) for text in case["steps"]]
+            return [(does in right, does) for does, _ in case["steps"]]
 
         def judge(got, expected):
             said = {True: "right", False: "wrong"}

@@ -37,6 +37,7 @@ from gradaccum.exercises import attempt, check
 # A loss tensor that you return holds its **graph**: all that the forward pass kept for the backward pass. A Python float, such as `2.5`, holds nothing.
 #
 # </details>
+# <br>
 #
 # **Example.** A model that gives all of 1000 tokens the same score has the loss log 1000 = 6.908.
 # With a useful step, a second call on the same batch returns less than the first.

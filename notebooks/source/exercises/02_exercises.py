@@ -90,8 +90,10 @@ check("2.1", held)
 #
 # All gradients are empty when you get them.
 # The same micro-batches may come again later, so leave them as they are.
+# Memory is not checked here; in 2.3 it is.
 #
 # </details>
+# <br>
 #
 # **Example.** Say that four micro-batches have the gradients 2, 4, 1 and 3, wherever the one weight stands.
 # With a learning rate of 0.1 and `accumulation_steps=2`, the weight has to move by -0.1 * (2 + 4), then by -0.1 * (1 + 3): by -1.0 in all.
@@ -115,9 +117,18 @@ def train(model, optimizer, micro_batches, accumulation_steps):
 torch.manual_seed(0)
 model = nn.Linear(3, 3)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-micro_batches = [(torch.randn(4, 3), torch.randint(3, (4,))) for _ in range(4)]
-attempt(train, model, optimizer, micro_batches, accumulation_steps=2)
-print("expected: 0.0228, -0.0211, -0.1369; got:", model.bias.detach())
+micro_batches = []
+for _ in range(4):
+    micro_batches.append((torch.randn(4, 3), torch.randint(3, (4,))))
+
+
+def bias_after():
+    """Train, and return what became of the bias."""
+    train(model, optimizer, micro_batches, accumulation_steps=2)
+    return model.bias.detach()
+
+
+attempt(bias_after)  # expected: tensor([ 0.0228, -0.0211, -0.1369])
 
 # %% check-2-2
 check("2.2", train)
@@ -138,6 +149,13 @@ check("2.2", train)
 # <details><summary>Help: one window is right, but several are not</summary>
 #
 # What is in `.grad` when the second window begins?
+#
+# </details>
+# <details><summary>Help: RuntimeError, Trying to backward through the graph a second time</summary>
+#
+# A sum of losses that goes on through the next window still holds the graphs of the old one.
+# Call `backward()` for each loss at once.
+# Do not add `retain_graph=True`: the old losses would count again.
 #
 # </details>
 
@@ -165,6 +183,7 @@ check("2.2", train)
 # The function returns nothing.
 #
 # </details>
+# <br>
 #
 # **Example.** Five rows have losses with the gradients 2, 4, 1, 3 and 5, wherever the one weight stands.
 # With `most_rows=2` they are three pieces, the last one shorter, and the sum is 15.
@@ -190,10 +209,16 @@ torch.manual_seed(0)
 model = nn.Linear(3, 3)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 inputs, targets = torch.randn(10, 3), torch.randint(3, (10,))
-attempt(delayed_step, model, optimizer, inputs, targets, most_rows=4)
-print("expected: -0.1265, 0.0947, -0.1033; got:", model.bias.detach())
-attempt(delayed_step, model, optimizer, inputs, targets, most_rows=3)
-print("expected: -0.2404, 0.2475, -0.1423; got:", model.bias.detach())
+
+
+def bias_after(most_rows):
+    """Make an update, and return what became of the bias."""
+    delayed_step(model, optimizer, inputs, targets, most_rows)
+    return model.bias.detach()
+
+
+attempt(bias_after, most_rows=4)  # expected: tensor([-0.1265,  0.0947, -0.1033])
+attempt(bias_after, most_rows=3)  # expected: tensor([-0.2404,  0.2475, -0.1423])
 
 # %% check-2-3
 check("2.3", delayed_step)

@@ -27,7 +27,7 @@ from gradaccum.exercises import attempt, check
 # Write `accumulate_window(model, micro_batches)`.
 # It leaves in `.grad` the gradient of the mean loss over the whole window, as one large batch would give it, and returns nothing.
 #
-# - `model` takes inputs of shape `(n, 3)` to logits of shape `(n, 3)`, each row by itself. Its gradients are empty when you get it.
+# - `model` takes inputs of shape `(n, 3)` to logits of shape `(n, 3)`, each row by itself. Its gradients are empty when you get it. The check's has several layers: reach the weights of any model through `model.parameters()`.
 # - `micro_batches` gives at least one pair: inputs of shape `(n, 3)` and targets of shape `(n,)`, all with the same n.
 # - It may be a list, but also a generator: that has no length, cannot be indexed, and is read once, in a `for` loop.
 # - Do not collect the micro-batches: when the next one is read, at most two of those before it may still be there.
@@ -39,6 +39,7 @@ from gradaccum.exercises import attempt, check
 # Called again after `model.zero_grad()`, with the same micro-batches, your function gives the same gradient.
 #
 # </details>
+# <br>
 #
 # **Example.** With a model that has one weight, and micro-batches whose mean losses have the gradients 2, 4 and 9, `.grad` ends as 5.
 # If one more comes, with a gradient of 1, `.grad` ends as 4: then each of the others counts for less.
@@ -70,8 +71,13 @@ def stream():
         yield inputs[start : start + 2], targets[start : start + 2]
 
 
-attempt(accumulate_window, model, stream())
-print("expected: 0.3501, 0.1145, -0.4646; got:", model.bias.grad)
+def gradient_after():
+    """Fill .grad, and return the bias's."""
+    accumulate_window(model, stream())
+    return model.bias.grad
+
+
+attempt(gradient_after)  # expected: tensor([ 0.3501,  0.1145, -0.4646])
 
 # %% check-3-1
 check("3.1", accumulate_window)
@@ -85,7 +91,7 @@ check("3.1", accumulate_window)
 # </details>
 # <details><summary>The relation in words</summary>
 #
-# A sum of gradients over k is what you get if each loss is divided by k first.
+# A sum of gradients, divided by k, is what you get if each loss is divided by k first.
 # `.grad` is a tensor for each parameter of the model, and you may write to it: `parameter.grad *= 2` doubles it.
 #
 # </details>
@@ -99,6 +105,8 @@ check("3.1", accumulate_window)
 #
 # A generator is read once.
 # Did something else read it before your loop did, to count?
+# Does `backward()` run for each micro-batch?
+# And does something clear in the end? Here nothing steps, and nothing clears.
 #
 # </details>
 # <details><summary>Help: my gradient is exactly k times too large</summary>
@@ -147,8 +155,8 @@ def divisor(reduction, sizes):
 
 
 # %% try-3-2
-attempt(divisor, "mean", [6])
-attempt(divisor, "sum", [6])
+attempt(divisor, "mean", [6])  # expected: 1
+attempt(divisor, "sum", [6])  # expected: 6
 
 # %% check-3-2
 check("3.2", divisor)
@@ -164,7 +172,7 @@ check("3.2", divisor)
 # %% exercise-3-3 [markdown]
 # ## Exercise 3.3 A test that notices
 #
-# difficulty 4/5 | 20 minutes | 5 points
+# difficulty 4/5 | 40 minutes | 5 points
 #
 # The missing division lived for years in code that had tests.
 # Now you write the test.
@@ -173,19 +181,26 @@ check("3.2", divisor)
 # It returns `True` for every training step that does what one large batch does, and `False` for every step that does not.
 #
 # - `step(model, optimizer, micro_batches)` makes one update. You choose the model, the optimizer and the data.
-# - It clears the gradients, accumulates over the micro-batches, calls `optimizer.step()` and clears again.
+# - It clears the gradients, accumulates over the micro-batches, calls `optimizer.step()` and clears again: afterwards `.grad` is empty, so compare the weights.
 # - `micro_batches` is a list of pairs of inputs and targets for `cross_entropy`, all of the same size.
 # - A right step promises the large batch's update for equal sizes only, and for a model that takes each row by itself.
 # - A right step may add in another order, so it may differ by rounding.
 #
 # The check hands your test right steps and wrong ones; one of the wrong ones does not divide at all.
 #
+# <details><summary>The fine print</summary>
+#
+# The check uses float64; in float32 right steps differ by about 1e-7.
+#
+# </details>
+# <br>
+#
 # **Example.** If `step` leaves the weights as they were, `is_right(step)` is `False`.
 
 
 # %% answer-3-3
 def is_right(step):
-    """Tell whether a training step makes the update of the one large batch."""
+    """Tell whether a step makes the large batch's update."""
     ### BEGIN SOLUTION
     torch.manual_seed(0)
     model = nn.Linear(3, 3)
@@ -210,7 +225,18 @@ def step_without_division(model, optimizer, micro_batches):
     optimizer.zero_grad()
 
 
+def step_with_division(model, optimizer, micro_batches):
+    """A right step: each loss is divided by k."""
+    optimizer.zero_grad()
+    for inputs, targets in micro_batches:
+        loss = cross_entropy(model(inputs), targets) / len(micro_batches)
+        loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 attempt(is_right, step_without_division)  # expected: False
+attempt(is_right, step_with_division)  # expected: True
 
 # %% check-3-3
 check("3.3", is_right)
@@ -219,6 +245,7 @@ check("3.3", is_right)
 # <details><summary>Where to look</summary>
 #
 # "Delete the line again" in lesson 3 shows which optimizers notice, and "How equal is equal?" how close two right gradients are.
+# `copy.deepcopy(model)` makes a second model with the same weights; `torch.cat([a, b])` joins rows.
 #
 # </details>
 # <details><summary>Help: my test rejects a right step</summary>
@@ -236,7 +263,8 @@ check("3.3", is_right)
 #
 # Which numbers could a wrong step divide by: k, the samples of a micro-batch, all samples, k twice?
 # Is one of them 1 in your window, or are two of them equal?
-# And is each micro-batch another one?
+# Is each micro-batch another one?
+# Is your tolerance small enough, and do you compare all parameters?
 #
 # </details>
 

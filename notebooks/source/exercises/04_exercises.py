@@ -41,6 +41,7 @@ from gradaccum.exercises import attempt, check
 # Each list must stay as it is when the next one comes; tuples are as good as lists.
 #
 # </details>
+# <br>
 #
 # **Example.** `list(group(range(1, 8), 3))` is `[[1, 2, 3], [4, 5, 6], [7]]`.
 
@@ -108,6 +109,7 @@ check("4.1", group)
 # The gradients are empty before the first epoch, and the list is to be left as it is.
 #
 # </details>
+# <br>
 #
 # **Example.** Seven micro-batches and k = 3 make three updates: from 1, 2 and 3, from 4, 5 and 6, and from 7 alone.
 # If 7 has a mean loss of 2, then 2 is what goes through `backward()`, not a third of it.

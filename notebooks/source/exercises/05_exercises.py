@@ -91,6 +91,7 @@ check("5.1", mean_weights)
 # The first time, the gradients are empty.
 #
 # </details>
+# <br>
 #
 # **Example.** In one micro-batch two targets count, with losses 4 and 6; in another, eight, with losses of 1 each; in a third, none.
 # Then the step returns 1.8.

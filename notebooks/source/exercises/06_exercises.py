@@ -186,6 +186,7 @@ check("6.2", plan)
 # All are ints of at least 0, `accumulation_steps` of at least 1. A cost is never negative.
 #
 # </details>
+# <br>
 #
 # The check hands you what was measured in real updates, with SGD and AdamW, and compares your cost with the measured one.
 #
@@ -251,6 +252,7 @@ check("6.3", accumulation_cost)
 # The gradients are empty before the first update.
 #
 # </details>
+# <br>
 #
 # **Example.** A window with a loss of 2 and then 4, and 3 then 5 right guesses among 10 and 10 targets: it returns 3.0 and 0.4.
 

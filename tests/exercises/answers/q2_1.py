@@ -79,6 +79,7 @@ WRONG = [
 ]
 NAMED = [
     (as_torch_holds_it, "none_if_empty"),
+    (lambda events: None, "nothing_returned"),
     (lambda events: 0 if events[-1] == "clear" else events[-1], "the_last"),
     (lambda events: looks_back(events[: events.index("clear")] if "clear" in events else events), "up_to_the_clear"),
     (lambda events: max((event for event in events if event != "clear"), default=0),),

@@ -155,6 +155,27 @@ def steps_in_the_middle(model, optimizer, micro_batches, accumulation_steps):
             optimizer.zero_grad()
 
 
+def goes_on_with_the_total(model, optimizer, micro_batches, accumulation_steps):
+    losses = []
+    for step, (inputs, targets) in enumerate(micro_batches, start=1):
+        losses.append(cross_entropy(model(inputs), targets))
+        if step % accumulation_steps == 0:
+            sum(losses).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def clears_before_the_last_backward(model, optimizer, micro_batches, accumulation_steps):
+    for step, (inputs, targets) in enumerate(micro_batches):
+        loss = cross_entropy(model(inputs), targets)
+        if (step + 1) % accumulation_steps == 0:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        else:
+            loss.backward()
+
+
 RIGHT = [
     clears_at_the_start_of_a_window,
     cuts_into_windows,
@@ -172,6 +193,8 @@ NAMED = [
     (divides_and_never_clears, "not_cleared_and_divided"),
     (repairs_nothing_and_divides, "cleared_inside_and_divided"),
     (goes_backward_from_the_total, "freed_graph"),
+    (goes_on_with_the_total, "total_goes_on"),
+    (clears_before_the_last_backward, "cleared_inside"),
     (steps_from_the_first_full_window_on,),
 ]
 WEIGHED = [

@@ -9,4 +9,5 @@ RIGHT = [
     lambda reduction, sizes: torch.tensor(sizes).sum() if reduction == "sum" else np.size(sizes),
     lambda reduction, sizes: np.sum(sizes) if reduction == "sum" else 1 / (1 / len(sizes)),
 ]
-WRONG = [lambda reduction, sizes: len(sizes) + 1, lambda reduction, sizes: None, lambda reduction, sizes: 0]
+WRONG = [lambda reduction, sizes: len(sizes) + 1, lambda reduction, sizes: 0]
+NAMED = [(lambda reduction, sizes: None, "nothing_returned")]

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
+from gradaccum import relative_error
+
 
 def gradients_compared(step):
     """Reads the gradient at the optimizer's step, before anything is cleared."""
@@ -98,6 +100,28 @@ def reads_the_name(step):
     return "divided" not in repr(step) and "divided" not in str(step.__closure__[0].cell_contents)
 
 
+def grads_of(step, twin_too=False):
+    """Compares .grad when the step is over, and has cleared it."""
+    model = nn.Linear(3, 3)
+    twin = copy.deepcopy(model)
+    inputs, targets = torch.randn(12, 3), torch.randint(3, (12,))
+    step(model, torch.optim.SGD(model.parameters(), lr=0.5), list(zip(inputs.split(4), targets.split(4), strict=True)))
+    cross_entropy(twin(inputs), targets).backward()
+    if twin_too:
+        twin.zero_grad()
+    return relative_error(*([p.grad for p in each.parameters()] for each in (model, twin))) < 1e-5
+
+
+def looks_at_the_whole_batch(step):
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    twin = copy.deepcopy(model)
+    inputs, targets = torch.randn(12, 3), torch.randint(3, (12,))
+    step(model, torch.optim.SGD(model.parameters(), lr=0.5), list(zip(inputs.split(4), targets.split(4), strict=True)))
+    cross_entropy(twin(inputs), targets).backward()
+    torch.optim.SGD(twin.parameters(), lr=0.5).step()
+    return relative_error(model.parameters(), twin.parameters()) < 1e-5
+
+
 RIGHT = [gradients_compared, one_weight, records_the_gradient]
 WRONG = [
     only_one_update_looked_at,
@@ -113,6 +137,13 @@ WRONG = [
 NAMED = [
     (compares(torch.allclose, count=3), "one_parameter_alone"),
     (compares(lambda one, other: (one - other).norm() < 1e-2 * other.norm()), "a_little_tolerant"),
+    (grads_of, "always_wrong"),
+    (lambda step: grads_of(step, twin_too=True), "always_right"),
+    (looks_at_the_whole_batch, "to_the_last_bit"),
+    (lambda step: not one_weight(step), "exchanged"),
+    (lambda step: None,),
+    (lambda step: float(one_weight(step)),),
+    (lambda step: "right" if one_weight(step) else "wrong",),
 ]
 # Mutants of the reference answer that are right too, and why.
 EQUIVALENT = {

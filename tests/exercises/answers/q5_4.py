@@ -114,12 +114,13 @@ RIGHT = [
 ]
 WRONG = [
     counts_its_calls(),
-    lambda step: not gradients_compared(step),
     lambda step: 1 / 0,
     updates_compared(lambda one, other: one.norm() > 0),
 ]
 NAMED = [
-    (lambda step: None, "always_wrong"),
+    (lambda step: not gradients_compared(step), "exchanged"),
+    (lambda step: None,),
+    (lambda step: False, "always_wrong"),
     (unlike_before(torch.equal), "always_right"),
     (updates_compared(within(1e-2)), "a_little_tolerant"),
     (updates_compared(within(0.5)),),

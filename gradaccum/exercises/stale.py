@@ -1,0 +1,41 @@
+"""Tell when a check judges an older version of an answer: a cell that ends in an error leaves the one before."""
+
+from __future__ import annotations
+
+import ast
+import linecache
+import re
+import warnings
+from types import FunctionType
+
+from IPython.core.getipython import get_ipython
+
+
+def note(answer: object) -> str:
+    """Return the sentence for the card if a later cell that defines the answer ended in an error, "" if not."""
+    shell = get_ipython()
+    if shell is None or shell.history_manager is None or type(answer) is not FunctionType:
+        return ""
+    name, code = answer.__name__, answer.__code__
+    if code.co_name != name or shell.user_ns.get(name) is not answer:
+        return ""
+    raw, run = shell.history_manager.input_hist_raw, shell.history_manager.input_hist_parsed
+    own = "".join(linecache.getlines(code.co_filename)).strip()
+    here = max((number for number, cell in enumerate(run) if own and cell.strip() == own), default=len(run))
+    last = max((number for number, cell in enumerate(raw) if re.search(rf"^def {name}\(", cell, re.M)), default=0)
+    # Whoever gives the name back to an older function knows that it is one.
+    given_back = any(re.search(rf"^{name} *[=:]", cell, re.M) for cell in raw[last:])
+    if here >= last or given_back or not _failed(run[last], name):
+        return ""
+    return f"Your last cell with `def {name}(` ended in an error: this is about the version before."
+
+
+def _failed(cell: str, name: str) -> bool:
+    """Tell whether a cell cannot be compiled or, as the function is not from it, did not come to its definition."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compile(cell, "", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+    except (SyntaxError, ValueError):
+        return True
+    return any(isinstance(node, ast.FunctionDef) and node.name == name for node in ast.parse(cell).body)
