@@ -74,6 +74,15 @@
             event.stopPropagation();
             goOn(view);
         }, true);
+        // To JupyterLab the arrows mean another cell; among choices they go to the next one, as in any list.
+        view.addEventListener("keydown", event => {
+            const step = {ArrowRight: 1, ArrowLeft: -1}[event.key], buttons = [...view.querySelectorAll("button")];
+            if (!step || !asks(view) || buttons.length < 2 || !buttons.includes(event.target)) return;
+            event.preventDefault();
+            event.stopPropagation();
+            const open = buttons.filter(button => !button.disabled);
+            open[(open.indexOf(event.target) + step + open.length) % open.length].focus();
+        }, true);
         const later = pressed => pressed && asks(view) && setTimeout(guessed, 0, view, pressed);
         // On the way down, since ipywidgets lets no key of a box come up; later, since Enter has yet to send the text.
         view.addEventListener("keypress", event => event.key === "Enter" && later(event.target.closest("input")), true);

@@ -78,7 +78,7 @@ class Prediction:
         self.guess = guess.strip()
         self.status.add_class("gradaccum-taken")
         said = f"You said <b>{html.escape(self.guess)}</b>."
-        self.status.value = f"{said} Now go on with Shift + Enter."
+        self.status.value = f"{said} It stays; now go on with Shift + Enter."
         if self._shown is not None:
             self._shown.update(HTML(self._answer_html()))
             self.status.value = f"{said} The answer is open below."

@@ -289,6 +289,16 @@ def test_a_question_that_was_run_takes_the_keys(questions, way):
         assert ("You said" in view.inner_text()) is bool(guess)
 
 
+def test_arrows_go_from_choice_to_choice(questions):
+    page = questions.page
+    view, *_ = ask(questions, "click")
+    choices = view.locator("button")
+    choices.first.focus()
+    for key, place in (("ArrowRight", 1), ("ArrowLeft", 0), ("ArrowLeft", choices.count() - 1), ("ArrowRight", 0)):
+        page.keyboard.press(key)
+        expect(choices.nth(place)).to_be_focused()
+
+
 def test_the_focus_stays_without_a_guess(questions):
     page = questions.page
     for empty in ("", "  "):
@@ -348,8 +358,8 @@ def test_the_sentence_comes_after_the_focus(questions):
     box.click()
     page.keyboard.type("12")
     page.keyboard.press("Enter")
-    expect(said).to_have_text("You said 12. Now go on with Shift + Enter.")
-    assert page.evaluate("() => order") == ["box", "box-run", "You said 12. Now go on with Shift + Enter."]
+    expect(said).to_have_text("You said 12. It stays; now go on with Shift + Enter.")
+    assert page.evaluate("() => order") == ["box", "box-run", "You said 12. It stays; now go on with Shift + Enter."]
     expect(said).to_be_in_viewport()
 
 
