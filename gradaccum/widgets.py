@@ -115,7 +115,7 @@ class Prediction:
             if isinstance(right, float):  # the nearest by its ratio
                 apart = {label: (_apart(number, right), number) for label, number in self._numbers.items()}
                 right = min(apart, key=apart.__getitem__)
-            return self.guess == right, "right" if self.guess == right else f"another choice: {right}"
+            return self.guess == right, "right" if self.guess == right else f"no; it is: {right}"
         guess = _number(self.guess or "")
         return (False, "not read as one number") if guess is None else _how_far(guess, float(self._right))
 

@@ -165,7 +165,7 @@ def test_the_right_choice_is_nearest_by_ratio(screen, measured, best):
         prediction.buttons[number].click()
         prediction.reveal("this far", "", right=measured)
         right = list(STEPS)[best]
-        assert prediction.verdict() == ((True, "right") if label == right else (False, f"another choice: {right}"))
+        assert prediction.verdict() == ((True, "right") if label == right else (False, f"no; it is: {right}"))
 
 
 def test_recap_says_how_the_guesses_did(screen):

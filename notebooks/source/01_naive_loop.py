@@ -322,7 +322,7 @@ assert sentence.startswith(f"Batch size 128: noise {noise[128]:.2f}, peak")
 #
 # **Exercises**, which grade themselves: [write one training step, find what an epoch's loss holds on to, and say how quiet another batch will be](exercises/01_exercises.ipynb).
 #
-# **Next**, in lesson 2: what if you want the quiet gradient of a large batch on a machine that holds a small one?
+# **Next**, in [lesson 2](02_accumulate.ipynb): what if you want the quiet gradient of a large batch on a machine that holds a small one?
 
 # %% recap-guesses tags=["hidden"]
 widgets.recap()

@@ -54,14 +54,14 @@ assert weight.grad.item() == 6
 # %% delay-run
 names, characters, model = models.for_names(length=18)
 micro_batches = [characters.batch(names[i : i + 8]) for i in range(0, 256, 8)]
-accumulation_steps = 4  # new
+accumulation_steps = 4  # <-- new
 optimizer = torch.optim.SGD(model.parameters(), lr=4.0)
 updates = 0
 for step, (inputs, targets) in enumerate(micro_batches):
     logits = model(inputs)
     loss = cross_entropy(logits.flatten(0, 1), targets.flatten())
     loss.backward()
-    if (step + 1) % accumulation_steps == 0:  # new
+    if (step + 1) % accumulation_steps == 0:  # <-- new
         optimizer.step()
         optimizer.zero_grad()
         updates += 1
@@ -387,7 +387,7 @@ assert four_pieces.at_peak["gradients"] == four_pieces.at_peak["parameters"]
 #
 # **Exercises**, which grade themselves: [say what `.grad` holds, find the gradients that got lost, and train on a batch that does not fit](exercises/02_exercises.ipynb).
 #
-# **Next**: lesson 3 mends the length of the gradient with one line, and then asks who would notice without that line.
+# **Next**: [lesson 3](03_normalize.ipynb) mends the length of the gradient with one line, and then asks who would notice without that line.
 
 # %% recap-guesses tags=["hidden"]
 widgets.recap()

@@ -38,7 +38,7 @@ accumulation_steps = 4
 for step, (inputs, targets) in enumerate(micro_batches):
     logits = model(inputs)
     loss = loss_function(logits.view(-1, 1000), targets.view(-1))
-    loss = loss / accumulation_steps  # new in this lesson
+    loss = loss / accumulation_steps  # <-- new in this lesson
     loss.backward()
     if (step + 1) % accumulation_steps == 0:
         optimizer.step()
@@ -373,7 +373,7 @@ assert found["no division"].kind == "not divided"
 #
 # **Exercises**, which grade themselves: [normalize a window without a length, say what a sum needs, and write the test that notices](exercises/03_exercises.ipynb).
 #
-# **Next**: the division is right, and the loop around it still goes wrong at its edges. Lesson 4 breaks it in seven ways, then turns it inside out.
+# **Next**: the division is right, and the loop around it still goes wrong at its edges. [Lesson 4](04_windows.ipynb) breaks it in seven ways, then turns it inside out.
 
 # %% recap-guesses tags=["hidden"]
 widgets.recap()

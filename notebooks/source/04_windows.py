@@ -354,7 +354,7 @@ assert kinds["clipping"] == "clipped or divided inside"
 from itertools import islice
 
 
-def windows(micro_batches, accumulation_steps):  # new
+def windows(micro_batches, accumulation_steps):  # <-- new
     """Yield lists of `accumulation_steps` micro-batches; the last may be shorter."""
     stream = iter(micro_batches)
     while window := list(islice(stream, accumulation_steps)):  # an empty list ends it
@@ -365,7 +365,7 @@ names, characters, model = models.for_names(length=18)
 micro_batches = [characters.batch(names[i : i + 8]) for i in range(0, 56, 8)]
 optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
 schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=3)
-for window in windows(micro_batches, accumulation_steps=3):  # new: the update
+for window in windows(micro_batches, accumulation_steps=3):  # <-- new: the update
     window_loss = 0.0
     for inputs, targets in window:
         logits = model(inputs)
@@ -558,7 +558,7 @@ assert moved["4 steps on 8 names"] > 2 * moved["1 step on the window of 32"]
 #
 # **Exercises**, which grade themselves: [group a stream, write an epoch, and repair the off-by-one, the leak and the logged loss](exercises/04_exercises.ipynb).
 #
-# **Next**: all micro-batches had the same size so far. Lesson 5 lets the names have their real lengths.
+# **Next**: all micro-batches had the same size so far. [Lesson 5](05_unequal_micro_batches.ipynb) lets the names have their real lengths.
 
 # %% recap-guesses tags=["hidden"]
 widgets.recap()

@@ -222,12 +222,14 @@ by_length = sorted(names[:56], key=len)
 micro_batches = [characters.batch(by_length[i : i + 8]) for i in range(0, 56, 8)]
 optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
 for window in gradaccum.windows(micro_batches, accumulation_steps=3):
-    count = sum((targets != data.IGNORED).sum() for _, targets in window)  # new
+    count = sum((targets != data.IGNORED).sum() for _, targets in window)  # <-- new
     window_loss = 0.0
     for inputs, targets in window:
         logits = model(inputs).flatten(0, 1)
-        loss = cross_entropy(logits, targets.flatten(), reduction="sum")  # new: a sum
-        loss = loss / count  # new: not len(window)
+        loss = cross_entropy(
+            logits, targets.flatten(), reduction="sum"
+        )  # <-- new: a sum
+        loss = loss / count  # <-- new: not len(window)
         loss.backward()
         window_loss += loss.item()
     torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
@@ -859,7 +861,7 @@ assert by_k_loss["long"] > by_count_loss["long"]
 #
 # **Exercises**, which grade themselves: [weigh means, write the token-weighted step, mend a fix that lost the point, write the test, say what five losses count, and read the weights](exercises/05_exercises.ipynb).
 #
-# **Next**: the reason for all this was memory. Lesson 6 counts it to the byte, and plans for a GPU that is not there.
+# **Next**: the reason for all this was memory. [Lesson 6](06_gpu_memory.ipynb) counts it to the byte, and plans for a GPU that is not there.
 
 # %% recap-guesses tags=["hidden"]
 widgets.recap()
