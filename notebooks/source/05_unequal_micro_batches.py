@@ -226,9 +226,7 @@ for window in gradaccum.windows(micro_batches, accumulation_steps=3):
     window_loss = 0.0
     for inputs, targets in window:
         logits = model(inputs).flatten(0, 1)
-        loss = cross_entropy(
-            logits, targets.flatten(), reduction="sum"
-        )  # <-- new: a sum
+        loss = cross_entropy(logits, targets.flatten(), reduction="sum")  # <-- new
         loss = loss / count  # <-- new: not len(window)
         loss.backward()
         window_loss += loss.item()
