@@ -66,6 +66,16 @@ def collect(model, micro_batches, factor=1.0):
         (factor * cross_entropy(model(inputs), targets)).backward()
 
 
+def loop(delayed_step):
+    """Make a loop over many windows from the step of one."""
+
+    def train(model, optimizer, micro_batches, accumulation_steps):
+        for start in range(0, len(micro_batches), accumulation_steps):
+            delayed_step(model, optimizer, micro_batches[start : start + accumulation_steps])
+
+    return train
+
+
 @mistake(
     "Only the last micro-batch of a window reaches the step: the gradients before it are cleared or overwritten, or "
     "backward() is called for it alone; call it for each, and clear right after the step."

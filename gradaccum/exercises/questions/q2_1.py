@@ -64,9 +64,7 @@ def the_last(events):
     return sum(since(events)[-1:])
 
 
-@mistake(
-    "One gradient is taken k times, which is right where all are equal; each backward() adds a gradient of its own."
-)
+@mistake("One gradient is taken k times, right where all are equal; each backward() adds one of its own.")
 def k_times_one(events):
     return len(since(events)) * sum(since(events)[:1])
 
@@ -115,10 +113,7 @@ def first_event_alone(events):
     return sum(since(events[:1]))
 
 
-@mistake(
-    "The gradients are averaged over all events, those before a clear among them; backward() adds each to .grad, a "
-    "clear empties it, and nothing divides."
-)
+@mistake("The mean over all gradients is taken, those before a clear too; backward() adds, a clear empties .grad.")
 def the_mean_of_all(events):
     numbers = [event for event in events if event != "clear"]
     return sum(numbers) / len(numbers)

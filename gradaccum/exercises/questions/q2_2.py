@@ -39,17 +39,7 @@ QUESTION = Question(
 )
 
 
-def loop(delayed_step):
-    """Make a loop over many windows from the step of one."""
-
-    def train(model, optimizer, micro_batches, accumulation_steps):
-        for start in range(0, len(micro_batches), accumulation_steps):
-            delayed_step(model, optimizer, micro_batches[start : start + accumulation_steps])
-
-    return train
-
-
-in_a_loop = {name: mistake(each.sentence)(loop(each.answer)) for name, each in lesson_02.OF_A_WINDOW.items()}
+in_a_loop = {name: mistake(each.sentence)(lesson_02.loop(each.answer)) for name, each in lesson_02.OF_A_WINDOW.items()}
 
 
 def step_where(due, start=0):
