@@ -6,7 +6,7 @@ import pickle
 import re
 import warnings
 import weakref
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from itertools import islice
 from operator import length_hint
 
@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threaded import refused
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
@@ -26,17 +27,6 @@ from gradaccum.models import GPT, embedding_linear
 
 inf, nan = math.inf, math.nan
 repeatable = settings(deadline=None, derandomize=True)
-
-
-@contextmanager
-def refused(error, *said):
-    """Expect an error whose message is one sentence with all of `said` in it."""
-    with pytest.raises(error) as caught:
-        yield
-    text = str(caught.value)
-    assert [part for part in said if part not in text] == [], text
-    assert text.endswith(".")
-    assert text.count(". ") == text.count("\n") == 0
 
 
 # --- windows ---

@@ -1,4 +1,4 @@
-"""What tests of several ranks share: errors of each rank, and what a refusal looks like."""
+"""What tests of one process and of several ranks share: what a refusal looks like, and the errors of each rank."""
 
 from contextlib import contextmanager
 
@@ -9,6 +9,7 @@ from gradaccum.threads import run_ranks
 
 @contextmanager
 def refused(error, *said):
+    """Expect an error whose message is one sentence with all of `said` in it."""
     with pytest.raises(error) as caught:
         yield
     text = str(caught.value)

@@ -18,7 +18,7 @@ _MATMULS: Final = {
 class Workspaces:
     """What cuBLAS holds on CUDA: a block for each thread that multiplies matrices, from the first time on.
 
-    torch's default for devices before Hopper, 2 x 4,096 + 8 x 16 KiB (`parseChosenWorkspaceSize` in
+    torch's default for devices before Hopper, (2 x 4,096 + 8 x 16) KiB (`parseChosenWorkspaceSize` in
     aten/src/ATen/cuda/CublasHandlePool.cpp); Hopper's is said to be 32 MiB, which no figure at hand confirms.
     """
 
