@@ -100,6 +100,9 @@ class Notebook:
         }""")
         # JupyterLab draws no cell that is far from the screen; here all are to be seen.
         self.page.add_style_tag(content=".jp-Cell { content-visibility: visible !important; contain: none !important }")
+        # It draws cells one by one while it is idle; in the mode "full" never all of them.
+        drawn = "() => nb.notebookConfig.windowingMode === 'full' || nb.widgets.every(each => !each.isPlaceholder())"
+        self.page.wait_for_function(drawn, timeout=60_000)
         settle(self.page)
 
     def code_cells(self):
