@@ -67,8 +67,9 @@ class Together:
         parameters, keys, table = list[nn.Parameter](), list[Any]([None]), list[list[Any]]()
         order, own = [0], self._matrix([], [0])
         try:
-            self._refuse()
+            covered = self._covered()
             parameters, counted = check()
+            self._refuse_uncovered(parameters, covered)
             keys, table = refusals.checked_counts(counted)
             table = table[:micro_batches]
             order = sorted(range(len(keys)), key=lambda index: repr(keys[index]))
@@ -113,7 +114,7 @@ class Together:
         self.passes = most if self._lockstep else max(micro_batches, 1)
         return parameters, counts, {key: totals[key] for key in keys}
 
-    def _refuse(self) -> None:
+    def _covered(self) -> set[int]:
         covered = set[int]()
         for part in self._parts:
             covered |= part.refuse()
@@ -124,8 +125,13 @@ class Together:
                     "The modules are averaged over different groups or with different factors: "
                     "give accumulate modules of one group."
                 )
-        for name, parameter in refusals.named(self._modules, "parameters").items():
-            if parameter.requires_grad and id(parameter) not in covered:
+        return covered
+
+    def _refuse_uncovered(self, parameters: Sequence[nn.Parameter], covered: set[int]) -> None:
+        for parameter in parameters:
+            if id(parameter) not in covered:
+                named = refusals.named(self._modules, "parameters").items()
+                name = next(name for name, each in named if each is parameter)
                 raise ValueError(
                     f"Parameter {name!r} is trainable and no engine averages it, so that each rank would train its "
                     "own: wrap the module that holds it too."

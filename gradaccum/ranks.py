@@ -26,8 +26,8 @@ class Replicated:
 
     lockstep = False  # only a pass that sends needs the other ranks
 
-    def __init__(self, module: nn.parallel.DistributedDataParallel) -> None:
-        self.module, self.groups = module, (module.process_group,)
+    def __init__(self, module: nn.parallel.DistributedDataParallel, engines: Sequence[nn.Module]) -> None:
+        self.module, self._engines, self.groups = module, engines, (module.process_group,)
         self.divisor = float(module.process_group.size())
         self.device, self._ran = module.device, False
 
@@ -46,7 +46,7 @@ class Replicated:
         if module._join_config.enable or module._delay_all_reduce_params:
             what = "delay_all_reduce_named_params" if module._delay_all_reduce_params else "join()"
             raise NotImplementedError(f"DistributedDataParallel with {what} is not supported: leave it out.")
-        inside = engines_in([module.module])
+        inside = engines_in([module.module]) if len(self._engines) > 1 else []
         if inside:
             raise NotImplementedError(
                 f"DistributedDataParallel has {type(inside[0]).__name__} inside, which averages too: use one of them."
@@ -297,7 +297,7 @@ def engines_of(modules: Sequence[nn.Module], *, alone: bool = False) -> list[Rep
     if any(isinstance(each, _sharding("FullyShardedDataParallel")) for each in found):
         raise NotImplementedError("FullyShardedDataParallel (FSDP1) is not supported: shard with fully_shard (FSDP2).")
     parts: list[Replicated | Sharded] = [
-        Replicated(module)
+        Replicated(module, found)
         for module in found
         if isinstance(module, nn.parallel.DistributedDataParallel)
         and _trains(module)
