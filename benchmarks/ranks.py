@@ -115,7 +115,7 @@ class Sent(TorchDispatchMode):
 
 
 def main(rank: int, rounds: int) -> None:
-    """Print a JSON line per loop on rank 0: engine, model, parameters, name, seconds, error, collectives, bytes, peak."""
+    """Print a JSON line a loop on rank 0: engine, model, parameters, name, seconds, error, collectives, bytes, peak."""
     from torch.distributed.fsdp import fully_shard
 
     torch.set_num_threads(1)
