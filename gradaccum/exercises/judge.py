@@ -185,7 +185,7 @@ def _explained(
         same = passed[index] is False and _same(each, seen[index], theirs)
         if same and each.by_value:  # then its verdict is the same too
             found.add(index)
-        elif _judged(each, question.cases(seed)[index], theirs, _expected(question, index, seed)).passed is False:
+        elif _judged(each, _cases(question, index, seed), theirs, _expected(question, index, seed)).passed is False:
             if not same:
                 return set()
             found.add(index)
@@ -194,7 +194,12 @@ def _explained(
 
 @lru_cache(maxsize=4096)
 def _seen_of(question: Question, known: Mistake, index: int, seed: int | str) -> list[Seen]:
-    return watch(question.properties[index], question.cases(seed)[index], known.answer)
+    return watch(question.properties[index], _cases(question, index, seed), known.answer)
+
+
+@lru_cache(maxsize=256)
+def _cases(question: Question, index: int, seed: int | str) -> list[Case]:
+    return question.cases(seed)[index]  # drawn once for all mistakes: they are only read, and `watch` copies them
 
 
 def _same(each: Property, ours: list[Seen], theirs: list[Seen]) -> bool:
