@@ -1,7 +1,7 @@
 """The links to Binder, Colab and Kaggle, and the cell that installs the module there, from the repository's address.
 
 `make address URL=https://github.com/OWNER/NAME` writes the address into pyproject.toml, its only place, and makes the
-notebooks; `URL=none` takes it away. Without an address nothing names a place on the web that might not exist.
+notebooks; `URL=none` removes it. Without an address, no text names a page that might not exist.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ FIRST = "notebooks/00_start_here.ipynb"
 NAMES = ("launch", "install")  # the generated cells; no source may use these names
 
 WITHOUT = """\
-To open it without installing anything, once this repository is public on GitHub: paste its address at \
+To open it without installing anything, once this repository is public on GitHub, paste its address at \
 [mybinder.org](https://mybinder.org).
 `make address URL=https://github.com/OWNER/NAME` writes links to Binder, Colab and Kaggle here and into every \
-notebook; with `URL=none` it takes them away.
+notebook; `URL=none` removes them.
 """
 WITH = """\
-To open it without installing anything: on {links}. Each notebook has these links below its title.
-On Colab and Kaggle its first cell installs the module; on Kaggle, switch the internet on in the notebook's \
-settings first.
+To open it without installing anything, use {links}. Each notebook has these links below its title.
+On Colab and Kaggle the notebook's first cell installs the module; on Kaggle, first switch the internet on in the \
+notebook's settings.
 
 For the module alone, in a Python that has torch:
 
