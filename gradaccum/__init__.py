@@ -1,10 +1,10 @@
-"""Gradient accumulation in PyTorch: the finished loop that the notebooks build, and the meters they use.
+"""Gradient accumulation in PyTorch: the loop that the notebooks build, and the tools to measure it.
 
-`windows` and `accumulate` are the technique; `check_split` says whether a loss may be cut so; `audit` says which weight
-each micro-batch got in any loop; `full_batch_gradient` and
-`relative_error` say what "equal" means.
+`windows` and `accumulate` are the technique. `check_split` checks whether a loss can be split, and `audit` computes the
+weight of each micro-batch in any loop. `full_batch_gradient` and `relative_error` compare gradients.
+
 Importing this package imports torch and nothing else that is slow; `gradaccum.memory` and the other parts are imported
-when they are first used.
+on first use.
 """
 
 import importlib
@@ -19,8 +19,8 @@ __all__ = ["Accumulated", "Audit", "NonFiniteLoss", "Split", "Update", "Window",
 __all__ += ["check_split", "full_batch_gradient", "relative_error", "windows"]
 __version__ = "0.1.0"
 
-# Not imported here: some need what only the lessons' installation has, and a torch that lacks one of memory's private
-# names must not take `accumulate` away.
+# Not imported here: some need packages that only the lessons install, and `accumulate` must work with a torch that
+# lacks one of the private names that memory uses.
 _PARTS = ("data", "exercises", "memory", "models", "plots", "threads", "widgets")
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ else:  # a type checker that saw `__getattr__` would let any name pass
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         try:
             return importlib.import_module(f"{__name__}.{name}")
-        except ImportError as error:  # hasattr() and help() go on after an AttributeError, and after nothing else
+        except ImportError as error:  # hasattr() and help() handle only AttributeError
             raise AttributeError(f"{__name__}.{name} cannot be imported: {error}") from error
 
 

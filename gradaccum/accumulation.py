@@ -1,7 +1,7 @@
-"""Gradient accumulation: group micro-batches into windows, and sum a window's gradient piece by piece.
+"""Gradient accumulation: group micro-batches into windows, and sum the gradient of a window over its micro-batches.
 
-One rule normalizes it: count the window's items first, then divide each micro-batch's summed loss by that count.
-Everything that belongs to an update (clip, step, schedule, clear) stays in the caller's loop, once per window.
+The normalization rule: count the window's items first, then divide each micro-batch's summed loss by that count.
+The rest of an update (clip, step, schedule, clear) stays in the caller's loop, once per window.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Counts: TypeAlias = Count | Mapping[str, Count]
 
 
 class Window(list[MicroBatch]):
-    """A list of micro-batches that may be empty, where a rank has none left; from `windows(..., group=...)`.
+    """A list of micro-batches from `windows(..., group=...)`; empty on a rank that has run out.
 
     Attributes:
-        spare: a micro-batch that this rank has seen. Where the window is empty, `accumulate` runs it with weight 0.
+        spare: a micro-batch of this rank. If the window is empty, `accumulate` runs it with weight 0.
 
     Example:
         >>> window = Window([10, 20, 30], spare=10)
@@ -40,13 +40,13 @@ class Window(list[MicroBatch]):
         self.spare = spare
 
     def without(self, indices: Iterable[int]) -> Window[MicroBatch]:
-        """Return the window without the micro-batches at these indices, and with the same spare."""
+        """Return a window without the micro-batches at these indices and with the same spare."""
         left_out = set(indices)
         return Window((each for index, each in enumerate(self) if index not in left_out), self.spare)
 
 
 class Windows(Generic[MicroBatch]):
-    """The micro-batches of an iterable in lists, one list per update; made by `windows`."""
+    """An iterable of lists of micro-batches, one list per update; returned by `windows`."""
 
     def __init__(self, micro_batches: Iterable[MicroBatch], accumulation_steps: int, group: Any = None) -> None:
         self._micro_batches = micro_batches
@@ -58,7 +58,7 @@ class Windows(Generic[MicroBatch]):
         if self._group is None:
             while window := list(islice(stream, self._accumulation_steps)):
                 yield window
-                del window  # or it would be alive while the next one is read
+                del window  # otherwise it is alive while the next window is read
         else:
             yield from self._as_many_as_the_others(stream)
 
@@ -78,10 +78,10 @@ class Windows(Generic[MicroBatch]):
             window = []
 
     def __len__(self) -> int:
-        """Count the windows; a TypeError where the micro-batches themselves have no length."""
+        """Return the number of windows; raise TypeError if the micro-batches have no length."""
         return -(-len(self._micro_batches) // self._accumulation_steps)  # type: ignore[arg-type]
 
-    def __bool__(self) -> bool:  # without it, truth would be asked of a length that may not exist
+    def __bool__(self) -> bool:  # otherwise bool() would call __len__, which may raise
         return True
 
 
@@ -90,22 +90,22 @@ def windows(micro_batches: Iterable[MicroBatch], accumulation_steps: int, *, gro
 
     Args:
         micro_batches: any iterable: a DataLoader, a list, a generator. It is read no further than the list
-            being yielded. Whatever can be iterated again, epoch after epoch, can be here too.
+            being yielded. If it can be iterated again, epoch after epoch, so can the result.
         accumulation_steps: k, how many micro-batches make one update; an int of at least 1.
-        group: on several processes whose loops end at different times, the process group that trains together
-            (`torch.distributed.group.WORLD`, or a mesh's `get_group()`): every rank gets as many windows, as `Window`,
-            at the end empty ones, which carry the first micro-batch of the epoch as a spare for `accumulate`. One
-            small collective a window, which is waited for; so no rank may leave the loop early.
+        group: the process group that trains together (`torch.distributed.group.WORLD`, or a mesh's `get_group()`),
+            if ranks may run out of data at different times. Every rank then gets the same number of `Window`s; a rank
+            that has run out gets empty ones, with the epoch's first micro-batch as a spare for `accumulate`. This
+            takes one small blocking collective per window, so no rank may leave the loop early.
 
     Returns:
         An iterable of lists. It has a `len` (the number of updates, rounded up) if `micro_batches` has one; with a
-        group, it is the number that this rank's own micro-batches make.
-        It lets go of a list before it reads the next one; a loop that ends with `del window` does too, and then
-        the inputs of one window are held, not of two.
+        group, `len` counts only the windows of this rank's own micro-batches.
+        It releases a list before it reads the next one. If the loop does so too, with `del window` at its end, the
+        inputs of one window are in memory at a time, not of two.
 
     Raises:
-        TypeError: `accumulation_steps` is not an int, `micro_batches` cannot be iterated, or `group` is no group.
-        ValueError: `accumulation_steps` is below 1; in the loop, on all ranks of a group, if one has no micro-batch.
+        TypeError: `accumulation_steps` is not an int, `micro_batches` is not iterable, or `group` is not a group.
+        ValueError: `accumulation_steps` is below 1; in the loop, on all ranks of a group, if a rank has no micro-batch.
         RuntimeError: in the loop, if another rank of the group failed to read its micro-batches.
 
     Example:
@@ -131,25 +131,25 @@ def windows(micro_batches: Iterable[MicroBatch], accumulation_steps: int, *, gro
 
 
 class Accumulated(NamedTuple):
-    """What `accumulate` returns.
+    """The result of `accumulate`.
 
     Attributes:
-        loss: the window's mean loss, detached, a tensor of shape (); with several losses, their sum.
-        count: N, the items in it; with several losses, a dict of them.
-        losses: with several losses, each one's mean, detached; a key that counts nothing is absent. Else None.
+        loss: the window's mean loss, detached, a tensor of shape (); with several losses, the sum of their means.
+        count: N, the number of items in the window; with several losses, a dict of numbers.
+        losses: with several losses, a dict of their means, detached, without losses of count 0; otherwise None.
     """
 
     loss: Tensor
-    count: int | float | dict[str, int | float]  # type: ignore[assignment]  # it hides tuple.count, of no use here
+    count: int | float | dict[str, int | float]  # type: ignore[assignment]  # hides tuple.count, which is not needed
     losses: dict[str, Tensor] | None = None
 
 
 class NonFiniteLoss(ArithmeticError):
-    """The loss of some micro-batch is infinite or NaN; raised by `accumulate(..., nonfinite="raise")`.
+    """Raised by `accumulate(..., nonfinite="raise")` if the loss of a micro-batch is infinite or NaN.
 
     Attributes:
-        micro_batches: the indices of those micro-batches in the window; on several ranks, in this rank's own, and
-            empty where only others are at fault. All of them call `accumulate` again.
+        micro_batches: the indices of these micro-batches in the window. On several ranks, those in this rank's window:
+            empty if only other ranks are at fault. All ranks must call `accumulate` again.
     """
 
     def __init__(self, micro_batches: Sequence[int]) -> None:
@@ -175,44 +175,44 @@ def accumulate(
     sync: str = "last",
     alone: bool = False,
 ) -> Accumulated:
-    """Leave in `.grad` the gradient of the mean loss over the window, holding one micro-batch's activations.
+    """Set `.grad` to the gradient of the mean loss over the window, with one micro-batch's activations in memory.
 
     Accumulation gives the large batch's gradient where the loss is a sum over items, each computed from its item
-    alone by a forward that remembers nothing, divided by a number known beforehand. There the cut matters by rounding
-    only; dividing by the number of micro-batches instead needs equal counts too (huggingface/transformers#34191).
-    Elsewhere (BatchNorm in training, negatives or weights taken from the batch) the result is the gradient of the
-    window as it was cut: `check_split` says whether a loss may be cut. It never steps, clips, schedules or clears.
+    alone by a forward that remembers nothing, divided by a number known beforehand. The split then affects rounding
+    only; dividing by the number of micro-batches instead also needs equal counts (huggingface/transformers#34191).
+    Otherwise (BatchNorm in training, negatives or weights taken from the batch) the result depends on how the window
+    is split: check a loss with `check_split`. `accumulate` never steps, clips, schedules or clears.
 
     On several processes, call it on all of them with the model in DistributedDataParallel or `fully_shard` (FSDP2,
-    HSDP), found through wrappers and `torch.compile`. Counts are added up over the ranks that it averages over, and
-    `.grad` is the gradient of the mean over all their items, which `loss` and `count` speak of too. Ranks may have
-    different numbers of items and micro-batches. Gradients are sent once, with the last pass. Where all ranks must
-    run as many passes (`fully_shard`, `sync="each"`, SyncBatchNorm), one with fewer micro-batches runs its last one
-    again with weight 0, which moves BatchNorm's statistics and draws random numbers once more.
+    HSDP), which is found through wrappers and `torch.compile`. Counts are summed over the ranks that the engine
+    averages over. `.grad`, `loss` and `count` are then over the items of all these ranks. Ranks may have different
+    numbers of items and micro-batches. Gradients are synchronized once, in the last pass. If all ranks must run the
+    same number of passes (`fully_shard`, `sync="each"`, SyncBatchNorm), a rank with fewer micro-batches runs its last
+    one again with weight 0, which updates BatchNorm's statistics and draws random numbers again.
 
     Args:
-        model: the module that holds every parameter the loss trains, or a list or tuple of modules (two towers; a
-            loss with parameters of its own). Each `.grad` must be None. On several processes, each trainable one is in
-            an engine over the same ranks, and `loss_sum` calls it and not what it wraps.
-        window: the micro-batches of one update, whatever `loss_sum` and `count` take. A `Window` with a spare, from
-            `windows(..., group=...)`, may be empty on some ranks.
+        model: the module that has every parameter the loss trains, or a list or tuple of modules (two towers; a loss
+            with its own parameters). Each `.grad` must be None. On several processes, every trainable parameter must
+            be in an engine over the same ranks, and `loss_sum` must call the engine, not the module that it wraps.
+        window: the micro-batches of one update, in any form that `loss_sum` and `count` take. A `Window` with a spare,
+            from `windows(..., group=...)`, may be empty on some ranks.
         loss_sum: returns the **sum** of a micro-batch's losses, a tensor of shape () with a graph. Move the inputs to
-            the device in it: then one micro-batch of them is there, not a window.
+            the device here, so that only one micro-batch is on the device at a time, not the window.
         count: returns the number of items in that sum (samples, target tokens), an int or a tensor of shape ().
-            Tensors are read together: an accelerator is waited for once per window.
-            Losses with denominators of their own: both return dicts with the same keys. Each sum is divided by its own
-            total, and the loss is what they add up to; a factor between them belongs into the sums. A key that counts
-            nothing in the whole window is left out.
+            Tensors are read together, which synchronizes with the accelerator once per window.
+            For losses with different denominators, `loss_sum` and `count` return dicts with the same keys. Each sum is
+            divided by its own total, and the results are added; a factor on a loss goes into its sum. A key whose
+            count is 0 in the whole window is left out.
         scaler: a GradScaler whose `scale` is applied to each loss. Call `unscale_`, `step` and `update` yourself, in
-            this order and with clipping after `unscale_`.
-        nonfinite: "pass" lets an infinite or NaN loss through, into every `.grad`; "raise" raises `NonFiniteLoss`
-            after the last backward, and waits for the device once more. A finite loss whose gradient is not finite is
-            found by neither. On several ranks all raise together; leave micro-batches out by `window.without(...)`,
-            since a list that is made of a `Window` has lost its spare.
-        sync: on several processes, "last" sends the gradients with the window's last pass, and until then each rank
-            holds the whole gradient; "each" sends them with every pass, so that with `fully_shard` a rank holds its
-            shard alone.
-        alone: lets a model that is in no engine train on this process by itself while several run.
+            this order, and clip after `unscale_`.
+        nonfinite: "pass" lets an infinite or NaN loss propagate to every `.grad`; "raise" raises `NonFiniteLoss` after
+            the last backward, which synchronizes with the device once more. Neither detects a finite loss with a
+            gradient that is not finite. All ranks raise together. Leave micro-batches out with `window.without(...)`:
+            a list made from a `Window` has no spare.
+        sync: on several processes, "last" synchronizes the gradients in the window's last pass, and until then each
+            rank holds the whole gradient; "each" synchronizes them in every pass, so that with `fully_shard` a rank
+            holds only its shard.
+        alone: allows a model without an engine to train on this process alone while several processes run.
 
     Returns:
         `Accumulated(loss, count, losses)`: the window's mean loss, detached and unscaled, N, and None for one loss.
@@ -220,22 +220,22 @@ def accumulate(
     Raises:
         ValueError, TypeError: before the first forward, if the window is empty, the model has nothing to train,
             a `.grad` is not None, or a count is not a number, negative, not finite, or zero over the window;
-            when it is seen, if a loss is not a scalar tensor with a graph; at the end, if no parameter has a gradient.
-            On several ranks, those before the first forward are raised on all of them together, each naming a rank.
-        NotImplementedError: before the first forward, if several processes train together and the model is in no
-            engine, or in one that is not supported (FSDP1, DDP with `join()`, parts with different groups or factors).
+            after a forward, if a loss is not a scalar tensor with a graph; at the end, if no parameter has a gradient.
+            On several ranks, errors before the first forward are raised on all of them, and name a rank.
+        NotImplementedError: before the first forward, if several processes train together and the model has no
+            engine, or one that is not supported (FSDP1, DDP with `join()`, parts with different groups or factors).
         NonFiniteLoss: a loss is not finite, with `nonfinite="raise"`.
-        RuntimeError: after the first backward of a model's first window, if a hook has taken a `.grad` away, as an
-            optimizer in the backward pass does (LOMO, GaLore by layer): its step has been made. On several ranks, if
-            another one has refused the window, a pass went around the engine, or it has not sent all gradients.
-        Exception: whatever `loss_sum` raises passes through (running out of memory too).
-            After every error each `.grad` is None, so that the same window can be tried in smaller pieces
-            (after the `except` block, which holds the failed graph while it runs). Buffers (BatchNorm's) and the
-            random state are not put back.
+        RuntimeError: after the first backward of a model's first window, if a hook has cleared a `.grad`, as an
+            optimizer in the backward pass does (LOMO, GaLore by layer); its step has already been made. On several
+            ranks, if another rank raised, a pass bypassed the engine, or the engine did not send all gradients.
+        Exception: errors from `loss_sum`, out-of-memory errors included, are passed on.
+            After any error every `.grad` is None, so that the same window can be retried in smaller micro-batches.
+            Retry after the `except` block, which keeps the failed graph alive. Buffers (BatchNorm's) and the random
+            state are not restored.
 
     Warns:
-        UserWarning: once a model, before the first forward, for a window of two or more with BatchNorm in training,
-            and for so many micro-batches that gradients of 16 bits lose the small ones.
+        UserWarning: once per model, before the first forward, if a window of two or more meets BatchNorm in training,
+            or has so many micro-batches that 16-bit gradients lose small contributions.
 
     Example:
         >>> model = torch.nn.Linear(1, 1, bias=False)
@@ -244,7 +244,7 @@ def accumulate(
         >>> result.count, model.weight.grad.item()  # 3 items; the mean of 1, 2 and 6
         (3, 3.0)
 
-        A micro-batch whose loss is not finite is left out; the mean is then over what is kept:
+        Leave out a micro-batch whose loss is not finite; the mean is over the others:
 
         >>> model.zero_grad()
         >>> window.append(torch.tensor([[torch.inf]]))
@@ -279,7 +279,7 @@ def accumulate(
         parameters, counts, totals = engine.agree(
             len(window), checked, each=sync == "each", raises=nonfinite == "raise"
         )
-        divisors = {key: total / engine.divisor for key, total in totals.items()}  # it divides by D, and not by N
+        divisors = {key: total / engine.divisor for key, total in totals.items()}  # the engine divides by D, not by N
     if len(window) > 1:
         refusals.warn_of_batch_statistics(modules, len(window))
     if len(window) >= refusals.MANY:
@@ -305,7 +305,7 @@ def accumulate(
                     loss = _divided(loss, index, counts[index], divisors, losses)
                 if engine:
                     engine.refuse_bypassed(loss, index)
-                if loss.requires_grad:  # a micro-batch that counts nothing may have no graph
+                if loss.requires_grad:  # a micro-batch with count 0 may have no graph
                     loss = loss if scaler is None else scaler.scale(loss)
                     if first_window:
                         with refusals.no_gradient_is_taken_away(parameters):
@@ -342,7 +342,7 @@ def accumulate(
 def _divided(
     given: Any, index: int, counts: dict[Any, Any], totals: Mapping[Any, int | float], losses: dict[Any, list[Tensor]]
 ) -> Tensor:
-    """Return a micro-batch's part of a loss of several; each key's part is noted, detached, in `losses`."""
+    """Return a micro-batch's part of the sum of several losses; append each loss's part, detached, to `losses`."""
     sums = refusals.sums_of(given, counts, index)
     parts = [sums[key] / totals[key] for key in losses]
     for part, noted in zip(parts, losses.values(), strict=True):
@@ -351,7 +351,7 @@ def _divided(
 
 
 def _means(losses: dict[Any, list[Tensor]], raises: bool) -> tuple[dict[Any, Tensor], list[int] | None]:
-    """Return each loss's mean, and with `raises` the micro-batches that are not finite, None if all are."""
+    """Return each loss's mean, and with `raises` the indices of non-finite micro-batches, None if there are none."""
     bad = None
     if raises:
         finite = torch.stack([torch.stack(each).isfinite() for each in losses.values()]).all(dim=0)

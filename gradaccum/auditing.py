@@ -1,6 +1,6 @@
-"""Which weight did each micro-batch get in each update of a loop? What a step is given, and the report.
+"""`audit`: the weight of each micro-batch in each update of a loop. This file records steps and reports the result.
 
-What is noted here is solved in `solving`, and named in `verdicts`.
+`solving` solves the recorded steps for weights, and `verdicts` names the fault.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from gradaccum.verdicts import KINDS, Facts, kind_of
 
 @dataclass
 class Update:
-    """One optimizer step, or a window that got none.
+    """One optimizer step, or a window without a step.
 
     Attributes:
-        micro_batches: the indices of its window, and of all others that have a weight in it.
-        weights: beside them, the factor that each one's own mean gradient got.
-        right: beside them, the factor that it should have got: its count over the window's, 0 outside of the window.
-        earlier: the factor of the gradient of the update before, which was not cleared.
-        error: of the gradient, relative to the right one.
-        residual: the share of the gradient that is no such sum.
+        micro_batches: the indices of the window's micro-batches, and of all others with a weight in this update.
+        weights: for each of them, the factor that its own mean gradient got.
+        right: for each of them, the right factor: its count over the window's, 0 outside of the window.
+        earlier: the factor of the previous update's gradient, if it was not cleared.
+        error: the relative error of the gradient.
+        residual: the share of the gradient that is not a weighted sum of the micro-batches' gradients.
         kind: one of `gradaccum.verdicts.KINDS`.
-        verdict: a sentence.
+        verdict: the diagnosis, in one sentence.
     """
 
     micro_batches: list[int]
@@ -48,7 +48,7 @@ class Update:
 
 
 class Audit:
-    """The context that `audit` returns, and after the block its findings: `updates`, and a table as `str()`."""
+    """The context manager that `audit` returns; after the block, `updates` has the results and `str()` is a table."""
 
     def __init__(
         self,
@@ -68,16 +68,16 @@ class Audit:
         self._drawn, self._steps, self._handles, self._epochs = list[tuple[int, Any]](), list[Step](), list[Any](), 0
 
     def __call__(self, micro_batches: Iterable[Any]) -> _Noted:
-        """Return the same micro-batches, each noted as it is drawn; each `iter()` is a new epoch."""
+        """Return an iterable that yields the micro-batches and records each; each `iter()` is a new epoch."""
         return _Noted(self, micro_batches)
 
     def note(self, micro_batch: Any) -> Any:
-        """Note a micro-batch, in a collator say, and return it; this knows of no epochs.
+        """Record a micro-batch, for example in a collator, and return it; epochs are not recorded.
 
-        A collator in a worker process notes nothing here: use `num_workers=0` for the audit.
+        A collator in a worker process records nothing: use `num_workers=0` for the audit.
         """
         if self._limit is None or len(self._steps) < self._limit or self._steps[-1].drawn < 0:
-            popped = isinstance(micro_batch, Mapping | list)  # loops take labels out of them
+            popped = isinstance(micro_batch, Mapping | list)  # loops pop labels from them
             self._drawn.append((self._epochs, copy.copy(micro_batch) if popped else micro_batch))
         return micro_batch
 
@@ -95,7 +95,7 @@ class Audit:
     ) -> None:
         for handle in self._handles:
             handle.remove()
-        self._steps[:] = [step for step in self._steps if step.drawn >= 0]  # a step that raised is none
+        self._steps[:] = [step for step in self._steps if step.drawn >= 0]  # drop a step that raised
         try:
             if kind is None:
                 self.updates = self._solved()
@@ -109,8 +109,8 @@ class Audit:
             lines.append("Noted without epochs: one that ends in a shorter window shifts the windows after it.")
         return "\n".join(lines)
 
-    # A step may run the loop's forward and backward itself (Lightning's closure), and in it a fused optimizer takes the
-    # scale off: so parameters are read before it, and gradients after it.
+    # A step may run the forward and backward itself (Lightning's closure), and a fused optimizer unscales in its step:
+    # so parameters are read before it, and gradients after it.
     def _before_step(self, *_: Any) -> None:
         if self._limit is None or len(self._steps) < self._limit:
             self._steps.append(before_step(self._modules, self._optimizer))
@@ -126,7 +126,7 @@ class Audit:
                 "No micro-batch was noted before the first step: draw from seen(loader), or call seen.note in a "
                 "collator of this process (num_workers=0)."
             )
-        # With a 1 more, since what counts nothing at all is not refused here.
+        # With an additional 1, so that windows without items do not raise here.
         read, _ = refusals.counts_and_totals([*(self._count(micro_batch) for _, micro_batch in self._drawn), 1])
         counts = [each[None] for each in read[:-1]]
         solver = Solver(self._modules, self._loss_sum, self._drawn, windows, counts)
@@ -136,7 +136,7 @@ class Audit:
         for number, (step, solution) in enumerate(zip(steps, solutions, strict=True)):
             window, again = set(windows[solution.window]), earlier & held[number]
             if number and held[number - 1] == held[number]:
-                again = set()  # a second pass over a window, as PPO makes it
+                again = set()  # a second pass over a window, as in PPO
             facts = Facts(
                 weights=[solution.weights.get(index, 0.0) for index in sorted(window)],
                 right=[share[index] for index in sorted(window)],
@@ -187,33 +187,33 @@ def audit(
     accumulation_steps: int,
     updates: int | None = None,
 ) -> Audit:
-    """Say which weight each micro-batch got in each update of a loop, whatever library the loop is from.
+    """Compute the weight that each micro-batch got in each update of a loop, of any library.
 
-    Put the loop into the block and draw its micro-batches through what the block gives. When the block ends, each
-    gradient that the optimizer stepped with is solved for its micro-batches' own mean gradients, at the parameters of
-    that step. The loop is not changed: afterwards model, optimizer and random state are bit for bit what they would be.
+    Run the loop in the block, and draw its micro-batches through the object that the block returns. When the block
+    ends, each gradient that the optimizer stepped with is expressed as a weighted sum of its micro-batches' own mean
+    gradients, at the parameters of that step. Model, optimizer and random state are bitwise the same as without it.
 
-    It sees what a loop does with the micro-batches' gradients. It does not see whether the loss may be cut at all
-    (BatchNorm: the pieces are the same pieces); that is `check_split`'s.
+    It checks what a loop does with the gradients of micro-batches, not whether the loss can be split (BatchNorm): use
+    `check_split` for that.
 
     Args:
-        model: the module that `loss_sum` uses, not wrapped, or a list of modules. Its forward hooks run again when the
-            block ends, hooks on its parameters do not.
-        optimizer: the one that steps, raw or wrapped by accelerate, Lightning or Fabric.
-        loss_sum: returns the sum of a micro-batch's losses, given the micro-batch as it was drawn (on the CPU still).
+        model: the unwrapped module that `loss_sum` uses, or a list of modules. Its forward hooks run again when the
+            block ends; hooks on its parameters do not.
+        optimizer: the optimizer that steps, plain or wrapped by accelerate, Lightning or Fabric.
+        loss_sum: returns the sum of a micro-batch's losses, given the micro-batch as drawn (still on the CPU).
         count: returns the number of items in that sum.
-        accumulation_steps: k, the micro-batches of a window that the loop is meant to have.
-        updates: after how many updates to stop noting, None for never. Kept for each until the block ends: a copy of
-            parameters and buffers on the CPU, and up to 100,000 numbers of the gradient; and every micro-batch.
+        accumulation_steps: k, the intended number of micro-batches in a window.
+        updates: stop recording after this many updates; None for no limit. Until the block ends, each update keeps
+            a CPU copy of parameters and buffers and up to 100,000 numbers of the gradient; micro-batches are kept too.
 
     Returns:
-        A context manager: `seen(loader)` in place of the loader (with accelerate, of the one that `prepare` returned),
-        `seen.note(micro_batch)` in a collator; afterwards `seen.updates`, a list of `Update` in order of time, and a
-        table as `print(seen)`.
+        A context manager. Inside, use `seen(loader)` in place of the loader (with accelerate, the loader that `prepare`
+        returned), or `seen.note(micro_batch)` in a collator. Afterwards `seen.updates` is a list of `Update`, in order,
+        and `print(seen)` prints a table.
 
     Raises:
-        TypeError, ValueError: before the loop, if there is nothing to train, the optimizer is none, or
-            `accumulation_steps` is no positive int; at the end, if `loss_sum` or `count` returns a dict.
+        TypeError, ValueError: before the loop, if there is nothing to train, `optimizer` is not an optimizer, or
+            `accumulation_steps` is not a positive int; at the end, if `loss_sum` or `count` returns a dict.
         NotImplementedError: before the loop, if several processes train together.
 
     Example:
@@ -260,7 +260,7 @@ def audit(
 
 
 class _Noted:
-    """An iterable that notes what is drawn from it; all else is the iterable's own."""
+    """An iterable that records what is drawn from it; other attributes are those of the wrapped iterable."""
 
     def __init__(self, seen: Audit, micro_batches: Iterable[Any]) -> None:
         self._seen, self._micro_batches = seen, micro_batches
@@ -279,7 +279,7 @@ class _Noted:
         return True
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # while it is being copied there is nothing to ask
+        if name.startswith("_"):  # during a copy there is no wrapped iterable yet
             raise AttributeError(name)
         return getattr(self._micro_batches, name)
 
@@ -311,7 +311,7 @@ def _row(window: list[int], facts: Facts) -> Update:
 
 
 def _lines(updates: Sequence[Update]) -> Iterator[str]:
-    """Lay out each update: its micro-batches and what that is, and below it the weights, got and right."""
+    """Yield the lines of the table: micro-batches, kind and verdict of each update, its weights and the right ones."""
     for number, update in enumerate(updates):
         yield f"{number}: micro-batches {_ranges(update.micro_batches)}: {update.kind}. {update.verdict}"
         yield f"   weights {' '.join(f'{each:.4f}' for each in update.weights)}"

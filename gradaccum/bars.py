@@ -1,4 +1,4 @@
-"""A bar for a long wait that leaves nothing behind: a line on a terminal, a display of its own in a notebook."""
+"""A progress bar that leaves no output: a line on a terminal, a separate display in a notebook."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 
 class Shown(io.StringIO):
-    """A file that shows the last line written to it in a display of the notebook: one given, or one of its own.
+    """A file that shows the last line written to it in a notebook display: the given one, or a new one.
 
-    A stream would not do: Jupyter keeps all that was written to it in the notebook's file. A blank line empties its
-    own; what stays of that is an output without data, in which nbval sees no difference to none.
+    A stream would not work: Jupyter saves everything written to it in the notebook. A blank line clears a new display;
+    the remaining output has no data, which nbval treats as no output.
     """
 
     def __init__(self, handle: Any = None) -> None:
@@ -22,7 +22,7 @@ class Shown(io.StringIO):
         self._handle, self._own = handle, None
 
     def write(self, text: str) -> int:
-        """Show this in the place of what was shown before."""
+        """Show this text in place of the previous one."""
         from IPython.display import HTML, display
 
         if line := text.strip():
@@ -36,18 +36,18 @@ class Shown(io.StringIO):
 
 @contextmanager
 def progress(what: str) -> Iterator[Callable[..., None]]:
-    """Give a function to call at each operation; where tqdm is installed a bar shows after two seconds, until the end.
+    """Yield a function to call at each operation; if tqdm is installed, a bar is shown after two seconds.
 
     Example:
         >>> with progress("predicting") as tick:
         ...     tick(micro_batch=8)
     """
     try:
-        from tqdm import tqdm  # the plain one: a widget would stay behind in the notebook's file
+        from tqdm import tqdm  # the plain bar: a widget would stay in the notebook
     except ImportError:
         yield lambda **state: None
         return
-    # In a notebook stderr would be a red strip. None: silent in a log file.
+    # In a notebook stderr is shown in red. `"disable": None` is silent in a log file.
     in_notebook = type(sys.stderr).__module__.startswith("ipykernel")
     options: dict[str, Any] = {"file": Shown()} if in_notebook else {"disable": None}
     with tqdm(desc=what, unit=" operations", delay=2, leave=False, miniters=1, **options) as bar:

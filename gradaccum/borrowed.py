@@ -1,4 +1,4 @@
-"""Let a loss run on a model, in another dtype too, and restore whatever it changes."""
+"""Run a loss on a model, also in another dtype, and restore everything that it changes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def refuse_to_borrow(modules: Sequence[nn.Module], dtype: Any) -> None:
-    """Raise for a dtype that nothing is computed in, and for parameters that have no data, or not all of it here."""
+    """Raise for an unsupported dtype, and for parameters that have no data or are spread over processes."""
     if dtype is not None and dtype not in FLOATS:
         raise ValueError(f"dtype must be None or a floating-point type such as torch.float64, but {dtype!r} was given.")
     refusals.refuse_several_processes(modules, wrapped_only=True)
@@ -36,8 +36,8 @@ def refuse_to_borrow(modules: Sequence[nn.Module], dtype: Any) -> None:
 def gradient_of(modules: Sequence[nn.Module], batch: Any, loss: Callable[[Any], Tensor]) -> list[Tensor | None]:
     """Return the gradient of `loss(batch)`, one tensor or None per parameter; for borrowed modules only.
 
-    It calls backward, as a training loop does, and not torch.autograd.grad, under which reentrant checkpointing and
-    hooks on a parameter do nothing.
+    It calls backward, as a training loop does: under torch.autograd.grad, reentrant checkpointing and parameter hooks
+    do not work.
     """
     parameters = refusals.named(modules, "parameters").values()
     with torch.enable_grad():
@@ -58,15 +58,15 @@ def gradient_of(modules: Sequence[nn.Module], batch: Any, loss: Callable[[Any], 
 
 @contextmanager
 def others_untouched(loss: Tensor, parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Put back the `.grad` of every other tensor that this loss is computed from."""
+    """Restore the `.grad` of every other tensor that this loss is computed from."""
     known, nodes, others = set(parameters), [loss.grad_fn], []
     seen = set(nodes)
     while nodes:
         node = nodes.pop()
-        leaf = getattr(node, "variable", None)  # what a gradient is accumulated in
+        leaf = getattr(node, "variable", None)  # the tensor that accumulates a gradient
         if isinstance(leaf, Tensor) and leaf not in known:
             others.append((leaf, leaf.grad))
-            leaf.grad = None  # or it would be added to in place
+            leaf.grad = None  # otherwise backward adds to it in place
         for after, _ in node.next_functions if node is not None else ():
             if after is not None and after not in seen:
                 seen.add(after)
@@ -82,14 +82,14 @@ def others_untouched(loss: Tensor, parameters: Iterable[Tensor]) -> Iterator[Non
 def borrowed(
     modules: Sequence[nn.Module], dtype: torch.dtype | None = None, *, without_dropout: bool = False
 ) -> Iterator[Callable[[], None]]:
-    """Let the modules run on copies of their tensors, converted to `dtype`; give a function that starts afresh.
+    """Let the modules run on copies of their tensors, converted to `dtype`; yield a function that resets them.
 
-    Afterwards tensors, `.grad`, modes, the random states (torch's, Python's, NumPy's), and plain attributes that were
-    set to something else, are what they were.
+    Afterwards tensors, `.grad`, modes, the random states (of torch, Python and NumPy) and replaced plain attributes are
+    restored.
     """
     parameters = list(refusals.named(modules, "parameters").values())
     saved = {tensor: tensor.data for tensor in [*parameters, *refusals.named(modules, "buffers").values()]}
-    # Modes, buffers and parameters, also those that a forward puts in their place, and caches, one level deep.
+    # Modes, buffers and parameters, also if a forward replaces them, and caches, one level deep.
     attributes = [vars(module) for module in refusals.inner(modules)]
     holders = [
         *attributes,
@@ -121,9 +121,9 @@ def borrowed(
         if dtype:
             for parameter, _, _, grad_dtype in grads:
                 if grad_dtype not in (None, parameter.dtype):
-                    parameter.grad_dtype = None  # it would round the gradient
+                    parameter.grad_dtype = None  # would round the gradient
             stack.callback(torch.set_default_dtype, torch.get_default_dtype())
-            torch.set_default_dtype(dtype)  # for what the loss makes on its way
+            torch.set_default_dtype(dtype)  # for tensors that the loss creates
         for mode in modes:
             stack.enter_context(mode)
 
@@ -137,13 +137,13 @@ def borrowed(
 
 
 def nudge(modules: Sequence[nn.Module]) -> None:
-    """Make each parameter one bit larger: what changes then is what rounding does. For borrowed modules only."""
+    """Make each parameter one bit larger, to see the effect of rounding; for borrowed modules only."""
     for parameter in refusals.named(modules, "parameters").values():
         parameter.data.mul_(1 + torch.finfo(parameter.dtype).eps)
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """Return it as what a norm takes: not sparse, in 64 bits, and on the CPU, since not each device has those."""
+    """Return the tensor for a norm: dense, in 64 bits, on the CPU, since not every device has 64 bits."""
     strided = tensor.detach().cpu()
     strided = strided.to_dense() if strided.layout != torch.strided else strided
     return strided.to(torch.promote_types(strided.dtype, torch.float64))
@@ -157,19 +157,19 @@ def _put_back(grads: Sequence[tuple[Any, Any, bool, Any]]) -> None:
 
 
 def _random_sources(tensors: Iterable[Tensor]) -> list[tuple[Callable[[], Any], Callable[[Any], None]]]:
-    """Return how each generator that a forward may draw from is read, and written."""
+    """Return a getter and a setter of the state of each generator that a forward may use."""
     sources: list[Any] = [(torch.get_rng_state, torch.set_rng_state), (random.getstate, random.setstate)]
     if numpy := sys.modules.get("numpy"):
         sources.append((numpy.random.get_state, numpy.random.set_state))
     for device in {tensor.device for tensor in tensors if tensor.device.type not in ("cpu", "meta")}:
         api = torch.get_device_module(device)
-        where = {} if device.type == "mps" else {"device": device}  # MPS keeps one state for all
+        where = {} if device.type == "mps" else {"device": device}  # MPS has one state for all devices
         sources.append((partial(api.get_rng_state, **where), partial(api.set_rng_state, **where)))
     return sources
 
 
 def random_state(modules: Sequence[nn.Module]) -> list[Any]:
-    """Return what can be compared of the random states: they differ if and only if something was drawn."""
+    """Return the random states in a comparable form: they differ if and only if something was drawn."""
     found = []
     for read, _ in _random_sources(tensor for module in modules for tensor in module.parameters()):
         state = read()
@@ -180,7 +180,7 @@ def random_state(modules: Sequence[nn.Module]) -> list[Any]:
 
 @contextmanager
 def random_state_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Put back the random states."""
+    """Restore the random states."""
     states = [(write, read()) for read, write in _random_sources(each for one in modules for each in one.parameters())]
     try:
         yield
@@ -190,17 +190,17 @@ def random_state_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def _in(dtype: torch.dtype | None, given: torch.dtype) -> torch.dtype | None:
-    """Return what a tensor of the `given` dtype becomes in a run in `dtype`, None where it stays what it is."""
+    """Return the dtype of a tensor of the `given` dtype in a run in `dtype`, None if it does not change."""
     if given.is_complex:
         return {torch.float64: torch.complex128, torch.float32: torch.complex64}.get(dtype or given)
-    return dtype if given.is_floating_point and given.itemsize > 1 else None  # 8 bits are meant to round
+    return dtype if given.is_floating_point and given.itemsize > 1 else None  # 8-bit tensors round on purpose
 
 
 _CASTS = {Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16}
 
 
 class _Reaching(TorchFunctionMode):
-    """A mode that holds where backward runs a module again (checkpointing): autograd leaves modes behind."""
+    """A mode that stays active when backward runs a module again (checkpointing), which autograd does without modes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -211,16 +211,16 @@ class _Reaching(TorchFunctionMode):
         return self.run(func, args, kwargs or {})
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Run a function of torch's, or something else for it."""
+        """Run a torch function, or a replacement."""
         raise NotImplementedError
 
     def reach_into_backward(self, modules: Sequence[nn.Module]) -> None:
-        """Enter again in each module's forward where this mode is found to be left."""
+        """Enter this mode again in each module's forward in which it is not active."""
         entered: list[bool] = []
 
         def enter(*_: Any) -> None:
             self.seen = False
-            torch.empty(0)  # any function that a mode sees
+            torch.empty(0)  # any torch function
             entered.append(not self.seen)
             if entered[-1]:
                 self.__enter__()  # type: ignore[no-untyped-call]
@@ -231,15 +231,15 @@ class _Reaching(TorchFunctionMode):
 
         for module in refusals.inner(modules):
             if not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
-                module.register_forward_pre_hook(enter)  # they go when attributes are put back
+                module.register_forward_pre_hook(enter)  # removed when attributes are restored
                 module.register_forward_hook(leave, always_call=True)
 
 
 class _InOneDtype(_Reaching):
-    """Compute in one floating dtype whatever dtype a loss brings along or asks for.
+    """Compute in one floating dtype, whatever dtypes a loss uses.
 
-    A target, a weight or a mask that a closure holds would else be refused (Float against Double), and a norm that
-    goes to float32 by itself, as in Llama, would round what is to be compared.
+    Otherwise a target, a weight or a mask in a closure would raise an error (Float against Double), and a norm that
+    casts to float32, as in Llama, would round the values to compare.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -247,7 +247,7 @@ class _InOneDtype(_Reaching):
         self.dtype = dtype
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Convert what it is given; what it changes in place stays what it is."""
+        """Convert the arguments, except those that the function changes in place."""
         name = getattr(func, "__name__", "")
         if name in ("__get__", "__set__"):  # attributes
             return func(*args, **kwargs)
@@ -264,16 +264,16 @@ _RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 
 
 class WithoutDropout(_Reaching):
-    """Dropout lets everything through, in whatever mode a module is, so that all else of that mode is seen."""
+    """Disable dropout in any mode of a module, without changing the mode."""
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Return a dropout's input; take it out of attention and recurrent layers."""
+        """Return the input of a dropout; disable dropout in attention and recurrent layers."""
         name, kwargs = getattr(func, "__name__", "").rstrip("_"), dict(kwargs)
         if name in _DROPOUTS:
             return args[0] if args else kwargs["input"]
         if name == "rrelu":
             kwargs["training"] = False
-        elif name in _RECURRENT:  # their dropout is the one argument that is a Python float
+        elif name in _RECURRENT:  # dropout is their only argument that is a Python float
             args = tuple(0.0 if type(value) is float else value for value in args)
         elif "dropout_p" in kwargs:
             kwargs["dropout_p"] = 0.0
@@ -285,9 +285,9 @@ class WithoutDropout(_Reaching):
 
 
 def convert(given: Any, dtype: torch.dtype | None) -> Any:
-    """Return `given` with floating-point tensors, and dtypes, in `dtype`, also inside lists, tuples and dicts.
+    """Return `given` with floating-point tensors and dtypes converted to `dtype`, also in lists, tuples and dicts.
 
-    These are new ones also for None: a loss may pop labels out of its batch.
+    Containers are copied also for None, since a loss may pop labels from its batch.
     """
     if isinstance(given, Tensor | torch.dtype) and dtype is None:
         return given
@@ -297,7 +297,7 @@ def convert(given: Any, dtype: torch.dtype | None) -> Any:
     if isinstance(given, torch.dtype):
         return _in(dtype, given) or given
     if isinstance(given, dict | UserDict):
-        converted = copy.copy(given)  # its own kind, a BatchEncoding say
+        converted = copy.copy(given)  # keeps the type, such as BatchEncoding
         for key, value in given.items():
             converted[key] = convert(value, dtype)
         return converted

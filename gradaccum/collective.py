@@ -1,4 +1,4 @@
-"""One window on several ranks: what they agree on before the first forward, the passes, and the global loss."""
+"""One window on several ranks: the agreement before the first forward, the passes, and the global loss."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from gradaccum import ranks, refusals
 from gradaccum.ranks import Group, Replicated, Sharded
 
 ERRORS: Final = (ValueError, TypeError, NotImplementedError, RuntimeError)
-SLOTS: Final = 8  # losses whose counts fit into the one table; more are summed in a second one
+SLOTS: Final = 8  # losses whose counts fit into the table; more take a second collective
 
 
 class Row(NamedTuple):
-    """What a rank sends to the others before the first forward."""
+    """The values that a rank sends to the others before the first forward."""
 
     rank: float
     micro_batches: float
-    refusal: float  # 0, or 1 and more: one of ERRORS
+    refusal: float  # 0 for none, otherwise 1 + an index of ERRORS
     divisor: float
     lockstep: float  # every pass needs all ranks
     each: float  # every pass sends
@@ -32,11 +32,11 @@ class Row(NamedTuple):
 
 
 class Together:
-    """The ranks of one window, for one of them; made by `together`.
+    """One rank's view of all ranks of a window; returned by `together`.
 
     Attributes:
-        divisor: D, what the engine divides a sum over the ranks by.
-        passes: how many forward and backward passes this rank runs; known after `agree`.
+        divisor: D, by which the engine divides a sum over the ranks.
+        passes: the number of forward and backward passes that this rank runs; set by `agree`.
     """
 
     def __init__(self, modules: Sequence[nn.Module], parts: Sequence[Replicated | Sharded]) -> None:
@@ -58,10 +58,10 @@ class Together:
         each: bool,
         raises: bool,
     ) -> tuple[list[nn.Parameter], list[dict[Any, Any]], dict[Any, int | float]]:
-        """Return trainable parameters, own counts and all ranks' totals, or raise on all ranks together.
+        """Return the trainable parameters, this rank's counts and all ranks' totals, or raise on all ranks together.
 
-        `check` returns the parameters and the counts, those of a spare where there are no micro-batches.
-        One collective, and one wait for the device, which reads this rank's counts too.
+        `check` returns the parameters and the counts, or the spare's counts if there are no micro-batches.
+        Takes one collective and synchronizes with the device once, which also reads this rank's counts.
         """
         error: Exception | None = None
         parameters, keys, table = list[nn.Parameter](), list[Any]([None]), list[list[Any]]()
@@ -138,7 +138,7 @@ class Together:
                 )
 
     def _talks(self) -> bool:
-        """Return whether the ranks exchange something in each forward."""
+        """Return whether the ranks communicate in each forward."""
         modules = refusals.inner(self._modules)
         return any(isinstance(module, nn.SyncBatchNorm) and module.training for module in modules)
 
@@ -167,7 +167,7 @@ class Together:
         read = torch.cat([table.flatten(), own.flatten()]).tolist()
         numbers = read[table.numel() :]
         counts = [numbers[start : start + own.shape[1]] for start in range(0, len(numbers), own.shape[1])]
-        if ranks.is_predicted(table):  # values are guesses: the other ranks do as this one
+        if ranks.is_predicted(table):  # values are guesses: assume that the other ranks are like this one
             return [row] * self._size, [self._size * sum(column) for column in zip(*counts, strict=True)], counts
         lines = [read[start : start + table.shape[1]] for start in range(0, table.numel(), table.shape[1])]
         sums = [math.fsum(column) for column in zip(*(line[len(row) :] for line in lines), strict=True)]
@@ -186,7 +186,7 @@ class Together:
                 raise ValueError(f"{what}, but ranks {rows[0].rank:.0f} and {other.rank:.0f} differ.")
 
     def begin(self) -> None:
-        """Watch the engine's forwards."""
+        """Start to watch the engine's forwards."""
         for part in self._parts:
             part.begin()
 
@@ -202,7 +202,7 @@ class Together:
 
     @contextmanager
     def during(self, number: int) -> Iterator[None]:
-        """Send the gradients of this pass, or keep them; `number` counts from 0."""
+        """Send the gradients of this pass if it must, otherwise keep them; `number` counts from 0."""
         sends = self._each or number == self.passes - 1
         self._waits = sends or self._lockstep
         with ExitStack() as stack:
@@ -211,7 +211,7 @@ class Together:
             yield
 
     def refuse_bypassed(self, loss: Any, number: int) -> None:
-        """Raise if the engine's own forward did not run, or if its backward will not."""
+        """Raise if the engine's forward did not run, or if its backward will not."""
         if not all(part.ran() for part in self._parts) and (self._waits or loss.requires_grad):
             raise RuntimeError(
                 f"Pass {number} on rank {self.name} did not call the model that was given, as where loss_sum calls "
@@ -224,7 +224,7 @@ class Together:
             )
 
     def fill_up(self, done: int, micro_batch: Any, loss_sum: Callable[[Any], Any], scaler: Any) -> None:
-        """Run the passes that the other ranks wait for, with weight 0, and raise if not all was sent then."""
+        """Run the passes that the other ranks wait for, with weight 0; raise if a gradient is still unsent."""
         for number in range(done, self.passes):
             with self.during(number):
                 loss = loss_sum(micro_batch)
@@ -235,7 +235,7 @@ class Together:
                 self._dtype = loss.dtype
                 if scaler is not None:
                     loss = scaler.scale(loss)
-                # Not a factor of 0, which makes NaN of what is infinite.
+                # Not a factor of 0, which turns inf into NaN.
                 leaves = [leaf for part in self._parts for leaf in part.leaves()]
                 handles = [leaf.register_hook(torch.zeros_like) for leaf in leaves]  # type: ignore[no-untyped-call]
                 try:
@@ -248,10 +248,10 @@ class Together:
             part.refuse_unsent()
 
     def means(self, losses: dict[Any, list[Tensor]], raises: bool) -> tuple[dict[Any, Tensor], list[int] | None]:
-        """Return the global means by key, and with `raises` the micro-batches that are not finite, None if all are.
+        """Return the global means by key, and with `raises` the non-finite micro-batches, None if there are none.
 
-        `losses` are those of this rank's micro-batches, each over N / D. One small collective; it is waited for only
-        with `raises`, and the list is empty if the others' are at fault.
+        `losses` are those of this rank's micro-batches, each divided by N / D. Takes one small collective, which blocks
+        only with `raises`. The list is empty if only other ranks have non-finite micro-batches.
         """
         keys = sorted(losses, key=repr)
         rows = [torch.stack(losses[key]) if losses[key] else torch.zeros(0, dtype=self._dtype) for key in keys]
@@ -278,7 +278,7 @@ def _naming(rank: int) -> Iterator[None]:
 
 
 def together(modules: Sequence[nn.Module], *, alone: bool = False) -> Together | None:
-    """Return what holds the ranks of a window together, None where one process trains alone."""
+    """Return a `Together` for the modules, None if one process trains alone."""
     parts = ranks.engines_of(modules, alone=alone)
     return Together(modules, parts) if parts else None
 
@@ -293,9 +293,9 @@ def refuse_unless_group(group: Any) -> None:
 
 
 def any_has_more(group: Group, more: bool, spare: bool, error: Exception | None) -> bool:
-    """Return whether some rank has a window more; raise on all ranks where one has failed, or never had any.
+    """Return whether some rank has another window; raise on all ranks if one has failed or never had any.
 
-    One collective of as many numbers as there are ranks, which is waited for.
+    Takes one blocking collective, with one number per rank.
     """
     told = torch.zeros(group.size(), device=ranks.device_of(group))
     told[group.rank()] = 3 if error is not None else 1 if more else 0 if spare else 2

@@ -1,4 +1,4 @@
-"""A batch and its pieces on the same model: the two gradients, what each leaves behind, and what draws."""
+"""Compare a batch and its pieces on the same model: gradients, final buffers, and modules that draw random numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gradaccum.gradients import relative_error
 
 
 class Compared(NamedTuple):
-    """What a batch and its pieces left: their gradients, by parameter, and the names of what else is not the same."""
+    """The gradients of a batch and of its pieces, per parameter, and the names of buffers that differ."""
 
     names: list[str]
     whole: list[Tensor | None]
@@ -29,22 +29,22 @@ class Compared(NamedTuple):
 
     @property
     def error(self) -> float:
-        """The relative error of the pieces."""
+        """The relative error of the pieces' gradient."""
         return relative_error(self.pieces, self.whole)
 
     @property
     def size(self) -> float:
-        """The length of the whole batch's gradient."""
+        """The norm of the whole batch's gradient."""
         return norm(self.whole)
 
     @property
     def finite(self) -> bool:
-        """Whether both gradients are."""
+        """Whether both gradients are finite."""
         return math.isfinite(self.size) and math.isfinite(norm(self.pieces))
 
     @property
     def factor(self) -> float:
-        """How often the whole gradient is in that of the pieces."""
+        """The least-squares factor from the whole gradient to the pieces' gradient."""
         pairs = [
             pair for pair in zip(self.whole, self.pieces, strict=True) if pair[0] is not None and pair[1] is not None
         ]
@@ -52,9 +52,9 @@ class Compared(NamedTuple):
         return sum((one.conj() * other).sum().real.item() for one, other in wide) / self.size**2
 
     def apart(self, limit: float, single: Compared | None = None) -> dict[str, float]:
-        """Return the errors of parameters that are off alone, where their gradient is more than rounding.
+        """Return the errors of single parameters, if their gradient is larger than rounding.
 
-        One norm over all hides a tower whose loss has a small factor; Adam would not.
+        One norm over all parameters hides a tower whose loss has a small factor; for Adam it matters.
         """
         found = {}
         for index, name in enumerate(self.names):
@@ -68,7 +68,7 @@ class Compared(NamedTuple):
 
 @dataclass
 class Case:
-    """A batch, its pieces, and how they are run."""
+    """A batch, its pieces, and the functions that run them."""
 
     modules: list[nn.Module]
     batch: Any
@@ -80,7 +80,7 @@ class Case:
     quiet: Sequence[nn.Module] = ()  # in eval mode, because they draw
 
     def lowest_dtype(self) -> torch.dtype:
-        """Return the dtype of the trainable parameters that has the fewest bits."""
+        """Return the least precise dtype of the trainable parameters."""
         dtypes = {one.dtype for module in self.modules for one in module.parameters() if one.requires_grad}
         return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
@@ -91,7 +91,7 @@ class Case:
         pieces: Sequence[Any] | None = None,
         nudged: bool = False,
     ) -> Compared:
-        """Run the whole batch, put everything back, run the pieces; `nudged`, with each parameter one bit larger."""
+        """Run the whole batch, restore everything, run the pieces; with `nudged`, each parameter is one bit larger."""
         batch = convert(self.batch, dtype)
         pieces = [convert(piece, dtype) for piece in (self.pieces if pieces is None else pieces)]
         quiet, ends = [*self.quiet, *eval_mode], []
@@ -100,7 +100,7 @@ class Case:
             for run, given in ((self._whole, batch), (self._cut, pieces)):
                 restart()
                 for module in quiet:
-                    module.training = False  # not eval(): what is inside it keeps its mode
+                    module.training = False  # not eval(): submodules keep their mode
                 if nudged:
                     nudge(self.modules)
                 gradients = run(given)
@@ -147,7 +147,7 @@ class Case:
         """Run the whole batch's loss; return the modules whose forward runs, and those that draw random numbers."""
         ran: set[nn.Module] = set()
         drawing: set[nn.Module] = set()
-        running: list[list[Any]] = []  # each module whose forward runs, and the last random state that was its doing
+        running: list[list[Any]] = []  # each running module, and the random state after its last own draw
 
         def enter(module: nn.Module, *_: Any) -> None:
             state = random_state(self.modules)
@@ -166,34 +166,34 @@ class Case:
         with self._prepared(dtype), torch.enable_grad():
             for module in refusals.inner(self.modules):
                 if not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
-                    module.register_forward_pre_hook(enter)  # and is rid of them when everything is put back
+                    module.register_forward_pre_hook(enter)  # removed when everything is restored
                     module.register_forward_hook(leave)
             self.loss(convert(self.batch, dtype))
         return ran, list(drawing)
 
 
 def norm(gradients: Iterable[Tensor | None]) -> float:
-    """Return one L2 norm over all."""
+    """Return one L2 norm over all gradients."""
     return math.hypot(*(torch.linalg.vector_norm(dense(one)).item() for one in gradients if one is not None))
 
 
 def limit_of(dtype: torch.dtype) -> float:
-    """Return the error up to which two gradients of this dtype are equal; 0 for 16 bits, where there is none."""
+    """Return the error below which two gradients of this dtype are equal; 0 for 16 bits, which have no such limit."""
     bits = torch.finfo(dtype).bits
     return {64: 1e-9, 32: 1e-5}.get(bits, 0.0)
 
 
 def lost(single: list[Tensor | None], exact: list[Tensor | None]) -> float:
-    """Return what a cut may change in float64 by rounding alone, seen from what float32 loses.
+    """Return the error that rounding alone may cause in float64, estimated from the error in float32.
 
-    Float64 loses 2**29 times less, and a hundred times that is more than a cut does. Where a good part of a gradient is
-    lost (at an optimum, where items cancel), there is no verdict.
+    Float64 has a 2**29 times smaller error, and a hundred times that is more than splitting causes. If a large part of
+    a gradient is lost (at an optimum, where items cancel), there is no verdict.
     """
     return 100 * 2.0**-29 * relative_error(single, exact)
 
 
 def same(one: Tensor | None, other: Tensor | None, limit: float) -> bool:
-    """Return whether what a forward left in two runs is equal up to rounding."""
+    """Return whether the final values of a buffer in two runs are equal up to rounding."""
     if one is None or other is None or one.shape != other.shape:
         return False
     if not (one.is_floating_point() or one.is_complex()):

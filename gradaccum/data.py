@@ -1,7 +1,7 @@
-"""The data of the lessons: random tokens, real text of very unequal lengths, a record of libraries; no download.
+"""The data of the lessons: random tokens, real text of very unequal lengths, and audits of libraries; no download.
 
-The text is the names of Unicode characters. Unicode promises that a name, once given, never changes
-(its Name Stability policy), so every Python and every year has the same 4,765 lines.
+The text is the names of Unicode characters. Unicode guarantees that a name never changes (its Name Stability policy),
+so every version of Python has the same 4,765 lines.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 IGNORED = -100
-"""The target that `torch.nn.functional.cross_entropy` leaves out by default: padding has it."""
+"""The target of padding, which `torch.nn.functional.cross_entropy` ignores by default."""
 
-# First and last code point. Every code point inside has had its name since Unicode 14 or before, so that no range can
-# grow. Left out: what is a formula rather than a text (Braille patterns, mathematical alphabets, domino tiles ...).
+# First and last code point. All code points inside have had names since Unicode 14 or before, so no range can grow.
+# Left out are names that are formulas rather than text (Braille patterns, mathematical alphabets, domino tiles ...).
 NAME_RANGES = (
     (0x0020, 0x007E),  # ASCII
     (0x00A0, 0x017F),  # Latin letters with their marks
@@ -56,10 +56,10 @@ NAME_RANGES = (
 
 
 def character_names(length: int | None = None) -> list[str]:
-    """List the names of 4,765 Unicode characters, 2 to 78 characters long, in the order of their code points.
+    """Return the names of 4,765 Unicode characters, 2 to 78 characters long, in the order of their code points.
 
     Args:
-        length: keeps the names of exactly this many characters: 256 of them for 18.
+        length: return only names of exactly this many characters: 256 names for 18.
 
     Example:
         >>> names = character_names()
@@ -71,14 +71,14 @@ def character_names(length: int | None = None) -> list[str]:
 
 
 def text_lines(path: str | Path) -> list[str]:
-    r"""Read a text file of your own, one sample per line: use it in place of `character_names()`.
+    r"""Return the lines of your own text file, one sample per line, for use in place of `character_names()`.
 
     Args:
-        path: a UTF-8 text file. White space around a line is dropped, and so are empty lines.
+        path: a UTF-8 text file. Empty lines, and white space around a line, are dropped.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file has no text in it, or is not UTF-8.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file has no text, or is not UTF-8.
 
     Example:
         >>> import tempfile, pathlib
@@ -98,13 +98,13 @@ def text_lines(path: str | Path) -> list[str]:
 
 
 class Characters:
-    """The characters of some lines as token ids 1, 2, ...; id 0 stands for the start and for the end of a line.
+    """A character vocabulary with token ids 1, 2, ...; id 0 is both the start and the end of a line.
 
     Args:
-        lines: the text whose characters are to be known, in any order.
+        lines: the text whose characters form the vocabulary, in any order.
 
     Raises:
-        ValueError: there is no character in `lines`.
+        ValueError: `lines` has no character.
 
     Example:
         >>> characters = Characters(["OX", "FOX"])
@@ -119,11 +119,11 @@ class Characters:
         self._ids = {symbol: index for index, symbol in enumerate(self._symbols, start=1)}
 
     def __len__(self) -> int:
-        """Count the token ids, 0 included: the vocabulary a model needs."""
+        """Return the number of token ids, 0 included: the vocabulary size of a model."""
         return len(self._symbols) + 1
 
     def encode(self, line: str) -> list[int]:
-        """Give a line's token ids; a ValueError names a character that the vocabulary lacks."""
+        """Return a line's token ids; raise ValueError for a character that is not in the vocabulary."""
         unknown = sorted(set(line) - self._ids.keys())
         if unknown:
             raise ValueError(
@@ -132,7 +132,7 @@ class Characters:
         return [self._ids[symbol] for symbol in line]
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """Give the text of token ids, up to the first 0."""
+        """Return the text of token ids, up to the first 0."""
         text = []
         for token in tokens:
             if token == 0:
@@ -141,7 +141,7 @@ class Characters:
         return "".join(text)
 
     def batch(self, lines: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Turn lines into one padded batch for predicting each next character, and the end.
+        """Return lines as one padded batch, to predict each next character and the end of the line.
 
         Returns:
             inputs and targets, int64 of shape (lines, longest + 1). A line of n characters has n + 1 targets;
@@ -168,7 +168,7 @@ class Characters:
 
 
 def count_targets(micro_batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Count the targets of an (inputs, targets) pair that are not ignored: a tensor of shape ().
+    """Return the number of targets in an (inputs, targets) pair that are not ignored, a tensor of shape ().
 
     Example:
         >>> count_targets(Characters(["OX", "FOX"]).batch(["OX", "FOX"]))
@@ -178,7 +178,7 @@ def count_targets(micro_batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def shuffled(lines: Sequence[str], seed: int) -> list[str]:
-    """Give the lines in an order that `seed` alone decides; the global random state is left alone.
+    """Return the lines in an order that depends only on `seed`; the global random state is not used.
 
     Example:
         >>> shuffled(["A", "B", "C", "D"], seed=0)
@@ -189,11 +189,11 @@ def shuffled(lines: Sequence[str], seed: int) -> list[str]:
 
 
 def library_record() -> dict[str, Any]:
-    """Return which weights other libraries gave to micro-batches, as `benchmarks/run.py edges` measured and wrote it.
+    """Return the weights that other libraries gave to micro-batches, as measured by `benchmarks/run.py edges`.
 
     Returns:
-        "provenance": date, versions, machine and command; "rows": one dict for each way to use a library, whose
-        "updates" have micro-batches, weights, right weights, error and kind.
+        "provenance": date, versions, machine and command; "rows": one dict per way to use a library, whose "updates"
+        have micro-batches, weights, right weights, error and kind.
 
     Example:
         >>> library_record()["provenance"]["command"]
@@ -206,14 +206,14 @@ def library_record() -> dict[str, Any]:
 def random_tokens(
     batches: int = 20, batch_size: int = 8, length: int = 20, vocabulary: int = 1000, seed: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the first lesson's mini-batches: random inputs and random targets, nothing to be learned from them.
+    """Yield the first lesson's mini-batches: random inputs and random targets, with nothing to learn.
 
     Args:
-        batches: how many pairs to yield.
+        batches: the number of pairs.
         batch_size: samples in a pair.
         length: tokens in a sample.
         vocabulary: tokens are 0 to `vocabulary` - 1.
-        seed: decides all of them; the global random state is left alone.
+        seed: determines all tokens; the global random state is not used.
 
     Yields:
         inputs and targets, int64 of shape (batch_size, length).

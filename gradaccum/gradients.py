@@ -1,4 +1,4 @@
-"""What "equal" means: the gradient of the whole batch, computed as one graph, and the distance from it."""
+"""The gradient of a whole batch, computed as one graph, and the relative error between gradients."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ Gradients = Tensor | None | Iterable[Tensor | None]
 
 
 def relative_error(actual: Gradients, expected: Gradients) -> float:
-    """Measure how far `actual` is from `expected`: |actual - expected| / |expected|, one L2 norm over all tensors.
+    """Return |actual - expected| / |expected|, with one L2 norm over all tensors.
 
-    Computed in float64 on the CPU. 0 is equal, 1 means as far off as no gradient at all; 0/0 is 0 and x/0 is inf.
+    It is computed in float64 on the CPU. 0 means equal, 1 is the error of a zero gradient; 0/0 is 0 and x/0 is inf.
 
     Args:
         actual: a tensor, or tensors in some order, such as `[p.grad for p in model.parameters()]`; None counts as 0.
-        expected: as many tensors, of the same shapes in the same order.
+        expected: the same number of tensors, of the same shapes, in the same order.
 
     Raises:
-        ValueError: the numbers of tensors or two shapes differ; nothing is broadcast.
-        TypeError: something is neither a tensor nor None.
+        ValueError: the numbers of tensors differ, or two shapes; nothing is broadcast.
+        TypeError: an element is neither a tensor nor None.
 
     Example:
         >>> relative_error([torch.tensor([3.0, 8.0]), None], [torch.tensor([3.0, 4.0]), torch.zeros(2)])
@@ -64,25 +64,25 @@ def full_batch_gradient(
     dtype: torch.dtype | None = None,
     **removed_names: Never,
 ) -> list[Tensor | None]:
-    """Compute the gradient of your own loss of one batch, as one graph: what its pieces are compared with.
+    """Return the gradient of your own loss on one batch, computed as one graph: the reference for accumulation.
 
-    It shares nothing with `accumulate`, no sum and no count, so it sees whatever a cut changes. Parameters, buffers,
-    modes, `.grad` and the random state are afterwards what they were before.
+    It shares no code with `accumulate`, no sum and no count, so a comparison shows everything that splitting changes.
+    Parameters, buffers, modes, `.grad` and the random state are restored afterwards.
 
     Args:
         model: the module whose parameters the loss trains, or a list or tuple of modules.
-        batch: all the items at once, whatever `loss` takes.
-        loss: returns the loss that you mean, of the whole batch, a tensor of shape ().
-        dtype: computes in this dtype instead of the model's own, `torch.float64` say: parameters, buffers, the batch's
-            floating-point tensors (also inside lists, tuples and dicts) and every other one that an operation meets.
-        *removed: refused; version 0.1 took a window, its sums and its counts.
-        **removed_names: refused likewise.
+        batch: all items at once, in any form that `loss` takes.
+        loss: returns your own loss of the whole batch, a tensor of shape ().
+        dtype: the dtype to compute in instead of the model's own, such as `torch.float64`. It applies to parameters,
+            buffers, floating-point tensors in the batch (also in lists, tuples and dicts) and all other operands.
+        *removed: raises TypeError; an early version took a window, its sums and its counts.
+        **removed_names: raises TypeError too.
 
     Returns:
-        One tensor per parameter, in the order of `model.parameters()`; None where the loss does not depend on it.
+        One tensor per parameter, in the order of `model.parameters()`; None if the loss does not depend on it.
 
     Raises:
-        TypeError, ValueError: the loss is no scalar tensor with a graph, or depends on no parameter of the model.
+        TypeError, ValueError: the loss is not a scalar tensor with a graph, or depends on no parameter of the model.
         NotImplementedError: the model is wrapped to train on several processes.
         RuntimeError: an optimizer steps in the backward pass.
 

@@ -1,4 +1,4 @@
-"""What a learner reads when they stop a cell: one sentence, and no traceback through code that is not theirs."""
+"""The message when a learner stops a cell: one sentence, instead of a traceback through code that is not theirs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ STOPPED = "Stopped. Run the cell again to start it over."
 
 
 def say_stopped() -> None:
-    """Show one sentence in place of a traceback when a cell is interrupted; outside IPython this does nothing.
+    """Show one sentence instead of a traceback when a cell is interrupted; outside IPython this does nothing.
 
-    The cell has failed all the same, so no later cell is run. Handlers that somebody else has set stay as they are.
-    Whatever a learner may have to wait for calls this, and no import does: importing changes nothing in IPython.
+    The cell still fails, so no later cell is run. Handlers that are already set are kept. Functions that may take long
+    call this; no import does, so importing changes nothing in IPython.
 
     Example:
         >>> say_stopped()

@@ -10,11 +10,11 @@ from gradaccum import data
 
 
 def embedding_linear(vocabulary: int = 1000, width: int = 128) -> nn.Sequential:
-    """Make the first lesson's model: it predicts the next token from the last one alone.
+    """Return the first lesson's model, which predicts the next token from the last token alone.
 
     Args:
-        vocabulary: V, how many different tokens there are.
-        width: d, the numbers that stand for a token inside.
+        vocabulary: V, the number of different tokens.
+        width: d, the size of the embedding.
 
     Returns:
         A module from int64 tokens of shape (batch, length) to logits of shape (batch, length, V).
@@ -29,14 +29,14 @@ def embedding_linear(vocabulary: int = 1000, width: int = 128) -> nn.Sequential:
 
 
 def for_names(length: int | None = None, width: int = 32) -> tuple[list[str], data.Characters, nn.Sequential]:
-    """Make what most sections of the lessons start from: shuffled names, their characters, and a model with seed 0.
+    """Return what most sections of the lessons start with: shuffled names, their characters, and a model of seed 0.
 
     Args:
-        length: only names of so many characters; None takes all.
+        length: use only names of exactly this many characters; None for all names.
         width: d, as in `embedding_linear`.
 
     Returns:
-        The names, what turns them into tensors, and the model, whose first weights are the same at each call.
+        The names, the `Characters` that encode them, and the model, whose initial weights are the same in each call.
 
     Example:
         >>> names, characters, model = for_names(length=18)
@@ -51,7 +51,7 @@ def for_names(length: int | None = None, width: int = 32) -> tuple[list[str], da
 
 
 class Block(nn.Module):
-    """One layer of the GPT: every position looks at those before it, then thinks for itself."""
+    """One layer of the GPT: causal self-attention, then an MLP."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -76,14 +76,14 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A small causal transformer, pre-norm, with learned positions and no dropout.
 
-    Without dropout and BatchNorm its gradient depends on the data alone, so that two ways of cutting a batch
-    can be compared to rounding. Padding behind a line changes nothing before it.
+    Without dropout and BatchNorm its gradient depends only on the data, so that two ways to split a batch can be
+    compared to rounding. Padding after a line does not affect the line.
 
     Args:
-        vocabulary: V, how many different tokens there are.
+        vocabulary: V, the number of different tokens.
         context: the longest input, in tokens.
-        width: d, the numbers that stand for a position inside; a multiple of `heads`.
-        layers: how many blocks.
+        width: d, the size of the hidden state; a multiple of `heads`.
+        layers: the number of blocks.
         heads: attention heads in a block.
 
     Raises:
@@ -117,12 +117,12 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def invent(self, samples: int, *, seed: int, temperature: float = 0.6) -> Tensor:
-        """Draw lines from the model, each position from what it predicts after the ones before.
+        """Sample lines from the model, token by token.
 
         Args:
-            samples: how many lines.
-            seed: decides them; the global random state is left alone.
-            temperature: 1 draws as predicted; less prefers the likely.
+            samples: the number of lines.
+            seed: determines the lines; the global random state is not used.
+            temperature: 1 samples from the predicted distribution; a lower value prefers likely tokens.
 
         Returns:
             int64 tokens of shape (samples, at most context); a line ends at its first 0.

@@ -1,7 +1,7 @@
-"""The figures of the lessons: data in, figure out, nothing computed.
+"""The figures of the lessons: functions from data to a figure, which compute nothing.
 
-The colours hold for colour-blind eyes, and on white: 4.5:1 or more, so that a white number on them can be read, and 3:1
-for the light two. None speaks alone: each series has its own marker and line, hatch, or name beside it.
+The colours can be told apart by colour-blind readers. Their contrast with white is 4.5:1 or more, so that white numbers
+on them are readable, and 3:1 for the two light ones. Each series also has its own marker and line, hatch, or label.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ COLOURS = ("#2450CC", "#A83204", "#22573F", "#722B66", "#C07F1A", "#4094DE", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", ":")
 HATCHES = ("", "//", "..", "xx", "--", "\\\\", "oo")
-DARK = COLOURS[:4]  # those that are dark enough for a white number
+DARK = COLOURS[:4]  # dark enough for a white number
 
 
 def panels(titles: Sequence[str], height: float = 3.4) -> tuple[Figure, list[Axes]]:
-    """Make a white figure with one panel for each title, side by side, at most 8 inches wide.
+    """Return a white figure, at most 8 inches wide, and its axes: one panel per title, side by side.
 
-    The figure is taken from pyplot's list, so that a notebook shows it once: as the value of its cell. All text has
-    10 points or more: a window of 800 pixels shows a figure of 8 inches at 0.7 of its size, which leaves 8.
+    The figure is removed from pyplot's list, so that a notebook shows it only once, as the value of its cell. All text
+    has 10 points or more: a window of 800 pixels shows a figure of 8 inches at 0.7 of its size, which leaves 8 points.
 
     Example:
         >>> figure, (left, right) = panels(["noise", "bytes"])
@@ -47,13 +47,13 @@ def panels(titles: Sequence[str], height: float = 3.4) -> tuple[Figure, list[Axe
 def lines(
     axis: Axes, x: Sequence[float], series: Mapping[str, Sequence[float]], *, log: str = "", **labels: str
 ) -> None:
-    """Draw each series over x with its own colour, marker and kind of line.
+    """Draw each series over x with its own colour, marker and line style.
 
     Args:
-        axis: where.
-        x: the places on the horizontal axis.
-        series: name -> values, as many as x; a name that starts with "expected" is drawn as black dots, on top.
-        log: "x", "y" or "xy" for logarithmic axes; a logarithmic x shows the values themselves.
+        axis: the axes to draw on.
+        x: the positions on the horizontal axis.
+        series: name -> values, as many as x; a name that starts with "expected" is a black dotted line, on top.
+        log: "x", "y" or "xy" for logarithmic axes; a logarithmic x axis is labelled with the values.
         labels: `xlabel` and `ylabel`, with their units.
 
     Example:
@@ -84,7 +84,7 @@ def lines(
 
 
 def bars(axis: Axes, names: Sequence[str], values: Sequence[float], *, text: str = "{:.3g}", **labels: str) -> None:
-    """Draw one bar for each name with its value written at its end; `text` is the format of that value.
+    """Draw one bar per name, with its value at the end; `text` is the format of the value.
 
     Example:
         >>> figure, (axis,) = panels(["error"])
@@ -100,15 +100,15 @@ def bars(axis: Axes, names: Sequence[str], values: Sequence[float], *, text: str
 
 
 def weights(seen: Any, names: Sequence[str] = (), *, title: str = "") -> Figure:
-    """Draw the weight that each micro-batch got as a bar, the one that it should have got as an outline.
+    """Draw the weight that each micro-batch got as a bar, and the right weight as an outline.
 
     Args:
-        seen: an audit after its block, or some of its updates: each has `micro_batches`, `weights`, `right`, `kind`.
-        names: of the updates, instead of their numbers and kinds.
-        title: above the figure.
+        seen: an `Audit` after its block, or a list of its updates, with `micro_batches`, `weights`, `right` and `kind`.
+        names: names for the updates, instead of their numbers and kinds.
+        title: the title of the figure.
 
     Returns:
-        A figure; its label (`figure.get_label()`) is a sentence that says what is in it, for an alt text.
+        A figure; its label (`figure.get_label()`) is a sentence that describes it, for an alt text.
 
     Example:
         >>> from types import SimpleNamespace
@@ -160,13 +160,13 @@ def _numbers(values: Sequence[float]) -> str:
 def stacked_roles(
     axis: Axes, peaks: Mapping[str, Mapping[str, int]], *, unit: str = "MB", limit_bytes: int = 0
 ) -> None:
-    """Draw each peak as a bar stacked by role, in millions or billions of bytes, with its total at the end.
+    """Draw each peak as a bar stacked by role, in MB or GB (powers of 10), with its total at the end.
 
     Args:
-        axis: where.
+        axis: the axes to draw on.
         peaks: name -> role -> bytes, such as `measure_memory`'s `at_peak`.
         unit: "MB" or "GB".
-        limit_bytes: where to draw a line, such as a GPU's memory; 0 draws none.
+        limit_bytes: draw a line at this limit, such as a GPU's memory; 0 draws none.
 
     Example:
         >>> figure, (axis,) = panels(["peak"])
@@ -196,7 +196,7 @@ def stacked_roles(
 
 
 def stacked_timelines(timelines: Mapping[str, Mapping[str, Sequence[int]]]) -> Figure:
-    """Draw what is held from moment to moment, stacked by role: a panel for each name, with one scale of bytes.
+    """Draw the memory in use over time, stacked by role: a panel for each name, all with the same scale.
 
     Args:
         timelines: name -> role -> bytes after each event, such as `measure_memory`'s `timeline`.
@@ -225,7 +225,7 @@ def stacked_timelines(timelines: Mapping[str, Mapping[str, Sequence[int]]]) -> F
 
 
 def _legend_below(figure: Any) -> None:
-    """Name what is drawn, each once, below all panels; with boxes large enough to show a hatch."""
+    """Draw one legend below all panels, with boxes large enough to show a hatch."""
     drawn = [axis.get_legend_handles_labels() for axis in figure.axes]
     handles = {name: patch for found in drawn for patch, name in zip(*found, strict=True)}
     style = {"loc": "outside lower center", "frameon": False, "handlelength": 3, "handleheight": 1.4}
@@ -237,12 +237,12 @@ def _role_style(index: int) -> dict[str, Any]:
 
 
 def window_strip(axis: Axes, loops: Mapping[str, Iterable[Sequence[int]]]) -> None:
-    """Draw how each loop groups its micro-batches: one square each, an arrow where the weights are updated.
+    """Draw how each loop groups its micro-batches: one square per micro-batch, and an arrow at each update.
 
     Args:
-        axis: where.
-        loops: name -> groups of micro-batch numbers. A group that starts with a negative number was not stepped:
-            its squares are hollow and have no arrow.
+        axis: the axes to draw on.
+        loops: name -> groups of micro-batch numbers. A group that starts with a negative number has no update: its
+            squares are hollow, without an arrow.
 
     Example:
         >>> figure, (axis,) = panels(["windows"])
@@ -270,7 +270,7 @@ def window_strip(axis: Axes, loops: Mapping[str, Iterable[Sequence[int]]]) -> No
 
 
 def padded_rows(axis: Axes, counts: Sequence[int], width: int) -> None:
-    """Draw a padded batch: each row's targets as a filled bar, the ignored rest hollow, the count at the end.
+    """Draw a padded batch: each row's targets as a filled bar, its padding hollow, the count at the end.
 
     Example:
         >>> figure, (axis,) = panels(["batch"])

@@ -1,8 +1,8 @@
-"""What a data-parallel engine does to gradients: among whom it averages, divided by what, and when it sends.
+"""How a data-parallel engine averages gradients: over which ranks, with which divisor, and in which pass it sends them.
 
-The engines are torch's own: DistributedDataParallel (DDP) and `fully_shard` (FSDP2; HSDP where it also replicates).
-Every private name of theirs that `accumulate` needs is read in this file, with the reason. What the ranks say to each
-other is in `collective`.
+The engines are torch's own: DistributedDataParallel (DDP) and `fully_shard` (FSDP2; HSDP if it also replicates).
+Every private name of theirs that `accumulate` needs is used in this file, with the reason. The communication between
+the ranks is in `collective`.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Replicated:
 
     @property
     def sends_each(self) -> bool:
-        """Return whether every pass of this window has to send."""
-        # Private: a static graph is recorded in the first pass that sends, and torch asserts where one came before it.
+        """Return whether every pass of this window must send gradients."""
+        # Private: a static graph is recorded in the first pass that sends; torch asserts that no pass ran before it.
         return self.module.static_graph and not self.module._static_graph_delay_allreduce_enqueued
 
     def refuse(self) -> set[int]:
@@ -42,7 +42,7 @@ class Replicated:
         module = self.module
         if not module.require_backward_grad_sync:
             raise RuntimeError("accumulate was called within no_sync(): call it outside, it sends when it should.")
-        # Private: both change who divides, and when.
+        # Private: both change the divisor, and when it is applied.
         if module._join_config.enable or module._delay_all_reduce_params:
             what = "delay_all_reduce_named_params" if module._delay_all_reduce_params else "join()"
             raise NotImplementedError(f"DistributedDataParallel with {what} is not supported: leave it out.")
@@ -54,7 +54,7 @@ class Replicated:
         ignored = module.parameters_to_ignore
         named = dict(module.module.named_parameters())
         trained = {id(each) for name, each in named.items() if each.requires_grad and name not in ignored}
-        # Private, but only the reducer knows which parameters were trainable when it was made.
+        # Private, but only the reducer knows which parameters were trainable when it was created.
         known = module._get_ddp_logging_data()["num_parameter_tensors"]  # type: ignore[no-untyped-call]
         if len(trained) > known or (len(trained) < known and not module.find_unused_parameters):
             raise ValueError(
@@ -64,7 +64,7 @@ class Replicated:
         return trained
 
     def begin(self) -> None:
-        """Watch the forwards of a window."""
+        """Start to watch the forwards of a window."""
 
         def note(*_: Any) -> None:
             self._ran = True
@@ -78,7 +78,7 @@ class Replicated:
         if sends:
             yield
         else:
-            with self.module.no_sync():  # around the forward too: it is there that DDP decides
+            with self.module.no_sync():  # around the forward too, where DDP decides
                 yield
 
     def ran(self) -> bool:
@@ -86,7 +86,7 @@ class Replicated:
         return self._ran
 
     def leaves(self) -> list[Tensor]:
-        """Return what autograd accumulates gradients in."""
+        """Return the tensors that autograd accumulates gradients in."""
         return [each for each in self.module.parameters() if each.requires_grad]
 
     def end(self) -> None:
@@ -95,7 +95,7 @@ class Replicated:
 
     def refuse_unsent(self) -> None:
         """Raise if the window's last pass has not sent everything."""
-        try:  # private: torch itself looks at the next forward, after the step
+        try:  # private: torch itself checks in the next forward, after the step
             self.module._check_reducer_finalized()  # type: ignore[no-untyped-call]
         except RuntimeError as error:
             raise RuntimeError(
@@ -115,8 +115,8 @@ class Sharded:
 
     def __init__(self, modules: Sequence[Any]) -> None:
         self.modules = modules
-        # Private, here and below: the group, the divisor and the gradients of passes that did not send are nowhere
-        # else. The states, their parameter groups and these groups' parameters are all that is read.
+        # Private, here and below: there is no public access to the group, the divisor and the unsent gradients.
+        # Only the states, their parameter groups and the parameters of these groups are read.
         self._states = list({id(each): each for each in (one._get_fsdp_state() for one in modules)}.values())
         self._parts = [part for state in self._states for part in state._fsdp_param_groups]
         trained = [part for part in self._parts if any(each.sharded_param.requires_grad for each in part.fsdp_params)]
@@ -143,7 +143,7 @@ class Sharded:
     def refuse(self) -> set[int]:
         """Raise for what would be silently wrong; return the ids of the parameters that are averaged."""
         for module in self.modules:
-            module.reshard()  # after an evaluation the root's parameters are the gathered ones, not those that train
+            module.reshard()  # after an evaluation the root has its gathered parameters, not those that train
         if not all(part.reduce_grads and part.all_reduce_grads for part in self._parts):
             raise RuntimeError(
                 "Gradients are not sent, after set_requires_gradient_sync(False) or set_requires_all_reduce(False): "
@@ -165,7 +165,7 @@ class Sharded:
         return bool(unsent_in(self.modules))
 
     def begin(self) -> None:
-        """Note what a window changes."""
+        """Save what a window changes."""
         self._reshards = [part.reshard_after_backward for part in self._parts]
 
     def _set(self, sends: bool) -> None:
@@ -173,7 +173,7 @@ class Sharded:
             module.set_requires_gradient_sync(sends, recurse=False)
             module.set_is_last_backward(sends)
         for part, reshards in zip(self._parts, self._reshards, strict=True):
-            # What stays gathered after the forward anyway can wait for the next one too.
+            # Parameters that stay gathered after the forward may stay so until the next one.
             part.reshard_after_backward = reshards and (sends or part._reshard_after_forward)
 
     @contextmanager
@@ -186,7 +186,7 @@ class Sharded:
     @staticmethod
     def _forwards(state: Any) -> int:
         # Private; a hook on the module would not see a method that register_fsdp_forward_method names.
-        return len(getattr(state._comm_ctx, "post_forward_order", ()))  # not there before the very first
+        return len(getattr(state._comm_ctx, "post_forward_order", ()))  # missing before the first forward
 
     def ran(self) -> bool:
         """Return whether this pass went through the forward of each outermost module."""
@@ -211,7 +211,7 @@ class Sharded:
         for state in self._states:
             if state._is_root and hasattr(state, "_reset_iter_state"):  # torch 2.13 has it
                 state._reset_iter_state()
-        for part in self._parts:  # what was not sent: neither zero_grad nor that reset reaches it
+        for part in self._parts:  # unsent gradients, which neither zero_grad nor that reset clears
             part._partial_reduce_output = None
             for each in part.fsdp_params:
                 each.unsharded_accumulated_grad = None
@@ -222,24 +222,24 @@ class Sharded:
 
 
 def engines_in(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Return each DistributedDataParallel, FSDP1 and `fully_shard` module, the outer ones first."""
+    """Return every DistributedDataParallel, FSDP1 and `fully_shard` module, outer modules first."""
     kinds = (nn.parallel.DistributedDataParallel, *_sharding("FSDPModule", "FullyShardedDataParallel"))
     found = [below for module in modules for below in module.modules() if isinstance(below, kinds)]
     return list({id(each): each for each in found}.values())
 
 
 def sharded_in(modules: Iterable[nn.Module]) -> list[Any]:
-    """Return what `fully_shard` was applied to, the outer ones first."""
+    """Return the modules that `fully_shard` was applied to, outer modules first."""
     return [each for each in engines_in(modules) if isinstance(each, _sharding("FSDPModule"))]
 
 
 def _sharding(*names: str) -> tuple[type, ...]:
-    sharding = sys.modules.get("torch.distributed.fsdp")  # slow to import, and there if a model is sharded
+    sharding = sys.modules.get("torch.distributed.fsdp")  # slow to import, and already imported if a model is sharded
     return tuple(getattr(sharding, name) for name in names) if sharding else ()
 
 
 def unsent_in(modules: Iterable[Any]) -> list[Tensor]:
-    """Return the gradients of passes that `fully_shard` did not send: whole, or of HSDP a shard that is not summed."""
+    """Return the gradients that `fully_shard` has not sent yet: whole, or with HSDP a shard before its sum."""
     parts = [part for module in modules for part in module._get_fsdp_state()._fsdp_param_groups]
     found = [part._partial_reduce_output for part in parts]
     for each in (each for part in parts for each in part.fsdp_params):
@@ -251,20 +251,20 @@ def members(group: Group) -> list[int] | int:
     """Return what identifies a group: its ranks."""
     try:
         return list(torch.distributed.get_process_group_ranks(group))
-    except KeyError:  # a group that no job knows, as ranks in threads have it
+    except KeyError:  # a group outside of any job, as ranks in threads have
         return id(group)
 
 
 def device_of(group: Group) -> torch.device:
-    """Return a device that the group can send from, the CPU if it can."""
-    kinds = {each.type for each in group._device_types}  # private: nothing else says it of a group
+    """Return a device that the group can send from, preferably the CPU."""
+    kinds = {each.type for each in group._device_types}  # private: there is no public access
     here = None if "cpu" in kinds else torch.accelerator.current_accelerator()
     return here or torch.device("cpu")
 
 
 def is_predicted(tensor: Tensor) -> bool:
-    """Return whether a tensor has no data, so that what is read of it is a guess."""
-    return type(tensor).__name__ == "FakeTensor"  # private; only its name is read, and nothing is imported
+    """Return whether a tensor has no data, so that its values are guesses."""
+    return type(tensor).__name__ == "FakeTensor"  # private, so only the name is compared and nothing is imported
 
 
 def _trains(module: nn.Module) -> bool:
@@ -272,11 +272,11 @@ def _trains(module: nn.Module) -> bool:
 
 
 def engines_of(modules: Sequence[nn.Module], *, alone: bool = False) -> list[Replicated | Sharded]:
-    """Return the engines that the modules are in, found by walking them; none where one process trains alone.
+    """Return the engines among the modules and their submodules; an empty list if one process trains alone.
 
     Raises:
-        NotImplementedError: FSDP1; a plain module among several processes, unless `alone`.
-        ValueError: an engine, although `alone`.
+        NotImplementedError: FSDP1; a module without an engine among several processes, unless `alone`.
+        ValueError: there is an engine, although `alone`.
     """
     if not torch.distributed.is_available():
         return []
@@ -301,7 +301,7 @@ def engines_of(modules: Sequence[nn.Module], *, alone: bool = False) -> list[Rep
         for module in found
         if isinstance(module, nn.parallel.DistributedDataParallel)
         and _trains(module)
-        and module.process_group.size() > 1  # one of 1 averages nothing
+        and module.process_group.size() > 1  # a group of 1 averages nothing
     ]
     sharded = [module for module in found if isinstance(module, _sharding("FSDPModule"))]
     try:

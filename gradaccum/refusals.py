@@ -1,4 +1,4 @@
-"""What `accumulate` refuses and what it warns of: each a sentence for the person who made the mistake."""
+"""The errors and warnings of `accumulate`, each with a one-sentence message that says what to do."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Model: TypeAlias = nn.Module | Sequence[nn.Module]
 
 
 def modules_of(model: Model) -> list[nn.Module]:
-    """Return `model` as a list; a TypeError or ValueError for what is no module, or for none."""
+    """Return `model` as a list of modules; raise TypeError for any other type, ValueError for an empty list."""
     modules: list[Any] = list(model) if isinstance(model, list | tuple) else [model]
     for module in modules:
         if not isinstance(module, nn.Module):
@@ -31,18 +31,18 @@ def modules_of(model: Model) -> list[nn.Module]:
 
 
 def inner(modules: Sequence[nn.Module]) -> list[nn.Module]:
-    """Return the modules and all that are inside of them."""
+    """Return the modules and all their submodules."""
     return [module for outer in modules for module in outer.modules()]
 
 
 def ranks() -> int:
-    """Return how many processes train together."""
+    """Return the number of processes that train together."""
     distributed = torch.distributed
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def named(modules: Sequence[nn.Module], members: str) -> dict[str, Tensor]:
-    """Return the modules' "parameters" or "buffers" by name, each tensor once; of several modules as `0.weight`."""
+    """Return the modules' "parameters" or "buffers" by name, each tensor once; as `0.weight` for several modules."""
     found, seen = {}, set()
     for index, module in enumerate(modules):
         for name, tensor in getattr(module, f"named_{members}")():
@@ -53,7 +53,7 @@ def named(modules: Sequence[nn.Module], members: str) -> dict[str, Tensor]:
 
 
 def trainable_and_clear(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
-    """Return the trainable parameters; a ValueError if there are none, or if some parameter has a `.grad`."""
+    """Return the trainable parameters; raise ValueError if there are none, or if a parameter has a `.grad`."""
     trainable: dict[int, nn.Parameter] = {}
     for module in modules:
         for name, parameter in module.named_parameters():
@@ -78,13 +78,13 @@ def refuse_nothing_to_train(modules: Sequence[nn.Module]) -> None:
 
 
 def refuse_several_processes(modules: Sequence[nn.Module], *, wrapped_only: bool = False) -> None:
-    """Raise NotImplementedError for DDP, FSDP and FSDP2, and unless `wrapped_only`, for any model of several ranks."""
+    """Raise NotImplementedError for DDP, FSDP and FSDP2; on several ranks for any model, unless `wrapped_only`."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     if ranks() == 1 and not wrapped_only:
         return
     sharded: tuple[type, ...] = ()
-    if sharding := sys.modules.get("torch.distributed.fsdp"):  # it is slow to import, and is if a model is sharded
+    if sharding := sys.modules.get("torch.distributed.fsdp"):  # slow to import; imported if a model is sharded
         sharded = (sharding.FullyShardedDataParallel, sharding.FSDPModule)
     for module in inner(modules):
         if isinstance(module, nn.parallel.DistributedDataParallel):
@@ -104,11 +104,11 @@ def refuse_several_processes(modules: Sequence[nn.Module], *, wrapped_only: bool
         )
 
 
-SEEN: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # a window of theirs went well
+SEEN: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules that have completed a window
 
 
 def is_new(modules: Sequence[nn.Module]) -> bool:
-    """Return whether some module has not been through a window yet."""
+    """Return whether some module has not completed a window yet."""
     return any(module not in SEEN for module in modules)
 
 
@@ -116,7 +116,7 @@ def is_new(modules: Sequence[nn.Module]) -> bool:
 def no_gradient_is_taken_away(
     parameters: Sequence[Any], after: str = "its weights have made one step already"
 ) -> Iterator[None]:
-    """Raise if a hook clears the `.grad` that this backward makes, as an optimizer that steps in it must."""
+    """Raise if a hook clears a `.grad` during this backward, as an optimizer that steps in the backward must."""
     arrived: set[Any] = set()
     trained = [each for each in parameters if each.requires_grad]  # now: a loss may freeze what it does not train
     handles = [each.register_post_accumulate_grad_hook(arrived.add) for each in trained]
@@ -135,7 +135,7 @@ def no_gradient_is_taken_away(
 
 @contextmanager
 def forgetting(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Forget what ran: in a check it is no first window, and no warning that anybody saw."""
+    """Let the block count neither as a first window nor as a warning that was shown."""
     sets = (SEEN, _WARNED, _WARNED_OF_BITS)
     fresh = [[module for module in modules if module not in one] for one in sets]
     try:
@@ -145,14 +145,14 @@ def forgetting(modules: Sequence[nn.Module]) -> Iterator[None]:
             one.difference_update(news)
 
 
-MANY = 64  # micro-batches, from which on bfloat16 loses some: half of 1 / eps
+MANY = 64  # micro-batches from which bfloat16 loses contributions: half of 1 / eps
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _WARNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _WARNED_OF_BITS: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def batch_norms(modules: Sequence[nn.Module]) -> dict[str, nn.Module]:
-    """Return, by name, each BatchNorm that now normalizes with the statistics of what it is given."""
+    """Return, by name, each BatchNorm that currently normalizes by the statistics of its input."""
     return {
         name: module
         for outer in modules
@@ -162,12 +162,12 @@ def batch_norms(modules: Sequence[nn.Module]) -> dict[str, nn.Module]:
 
 
 def warn_of_batch_statistics(modules: Sequence[nn.Module], micro_batches: int) -> None:
-    """Warn once a model that BatchNorm sees micro-batches."""
+    """Warn, once per model, that BatchNorm normalizes micro-batches."""
     fresh = [module for module in modules if module not in _WARNED]
     if not fresh:
         return
     if not (found := batch_norms(fresh)):
-        # A model without any is not searched again; one that has them frozen is.
+        # A model without BatchNorm is not searched again; a model with frozen ones is.
         _WARNED.update(one for one in fresh if not any(isinstance(each, BATCH_NORMS) for each in one.modules()))
         return
     _WARNED.update(fresh)
@@ -180,12 +180,12 @@ def warn_of_batch_statistics(modules: Sequence[nn.Module], micro_batches: int) -
 
 
 def warn_of_sixteen_bits(modules: Sequence[nn.Module], parameters: Sequence[nn.Parameter], micro_batches: int) -> None:
-    """Warn once a model if the last micro-batches are lost in the rounding of the sum."""
+    """Warn, once per model, if the last micro-batches are lost in the rounding of the sum."""
     if all(module in _WARNED_OF_BITS for module in modules):
         return
     for parameter in parameters:
         dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype
-        if micro_batches * torch.finfo(dtype).eps >= 0.5:  # the last one is but 4 times what rounding takes off
+        if micro_batches * torch.finfo(dtype).eps >= 0.5:  # the last micro-batch is only 4 times the rounding error
             _WARNED_OF_BITS.update(modules)
             warnings.warn(
                 f"Gradients of {dtype} add up {micro_batches} micro-batches and lose the small ones: set "
@@ -196,11 +196,11 @@ def warn_of_sixteen_bits(modules: Sequence[nn.Module], parameters: Sequence[nn.P
 
 
 def counts_and_totals(counts: Sequence[Any]) -> tuple[list[dict[Any, Any]], dict[Any, int | float]]:
-    """Return the counts of each micro-batch and of the window, by key; the key is None where there is one loss.
+    """Return the counts of each micro-batch and of the window, by key; with a single loss the key is None.
 
-    All the tensors among them are read in one transfer.
+    All tensors among the counts are read in one transfer.
     """
-    if all(type(value) is int and value > 0 for value in counts):  # the usual case, spared the slower checks
+    if all(type(value) is int and value > 0 for value in counts):  # the usual case, without the slower checks
         return [{None: value} for value in counts], {None: int(sum(counts))}
     keys, table = checked_counts(counts)
     of_each = counts_of_each(keys, table, _read(table))
@@ -213,7 +213,7 @@ def counts_and_totals(counts: Sequence[Any]) -> tuple[list[dict[Any, Any]], dict
 
 
 def checked_counts(counts: Sequence[Any]) -> tuple[list[Any], list[list[Any]]]:
-    """Return the keys, and a row of values for each micro-batch; refuse what is no number, without a look at it."""
+    """Return the keys and a row of values per micro-batch; raise if a value is not a number, without reading it."""
     keys = list(counts[0]) if isinstance(counts[0], Mapping) else [None]
     if not keys:
         raise ValueError("count returned an empty dict: give each loss a key.")
@@ -241,7 +241,7 @@ def checked_counts(counts: Sequence[Any]) -> tuple[list[Any], list[list[Any]]]:
 
 
 def counts_of_each(keys: list[Any], table: list[list[Any]], read: list[list[Any]]) -> list[dict[Any, int | float]]:
-    """Return the counts of each micro-batch by key; refuse what is negative or not finite."""
+    """Return the counts of each micro-batch by key; raise if one is negative or not finite."""
     whole = [
         [isinstance(value, Integral) or (isinstance(value, Tensor) and not value.is_floating_point()) for value in row]
         for row in table
@@ -255,14 +255,14 @@ def counts_of_each(keys: list[Any], table: list[list[Any]], read: list[list[Any]
                 )
     return [
         {key: int(number) if is_whole else float(number) for key, number, is_whole in zip(keys, *both, strict=True)}
-        for both in zip(read, whole, strict=True)  # NumPy's integers would overflow
+        for both in zip(read, whole, strict=True)  # NumPy integers would overflow
     ]
 
 
 def _read(table: list[list[Any]]) -> list[list[Any]]:
-    """Return all numbers as Python's, the tensors among them in one transfer, and none rounded."""
+    """Return all numbers as Python numbers, unrounded, with one transfer for all tensors."""
     tensors = [value for row in table for value in row if isinstance(value, Tensor)]
-    if len({tensor.dtype for tensor in tensors}) > 1:  # stack would take one of them for all
+    if len({tensor.dtype for tensor in tensors}) > 1:  # stack needs one dtype
         if any(tensor.device.type == "mps" for tensor in tensors):  # which has no float64
             tensors = [tensor.cpu() for tensor in tensors]
         tensors = [tensor.double() for tensor in tensors]
@@ -277,7 +277,7 @@ def _is_number(value: Any) -> bool:
 
 
 def sums_of(given: Any, counted: Mapping[Any, Any], index: int) -> dict[Any, Tensor]:
-    """Return a micro-batch's dict of losses, or refuse what is no such dict, or no loss."""
+    """Return a micro-batch's dict of losses; raise if it is not such a dict, or a value is not a loss."""
     if None in counted and not isinstance(given, Mapping):
         refuse_unless_scalar_with_graph(given, f"micro-batch {index}")
         return {None: given}

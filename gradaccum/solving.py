@@ -1,8 +1,8 @@
-"""The gradient of each step, solved for the micro-batches that are in it.
+"""Solve the gradient of each step for the weights of its micro-batches.
 
-Whatever a loop does, it hands the optimizer a weighted sum of its micro-batches' own mean gradients, where the loss is
-additive and the model's weights do not change inside a window. The unknown are few and the parameters many, so they
-can be solved for by least squares, from outside of the loop.
+If the loss is additive and the model's weights do not change inside a window, any loop gives the optimizer a weighted
+sum of its micro-batches' own mean gradients. There are few weights and many parameters, so least squares finds the
+weights, from outside of the loop.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ from gradaccum import refusals
 from gradaccum.borrowed import borrowed, nudge, others_untouched, random_state
 from gradaccum.verdicts import CLOSE
 
-COORDINATES = 100_000  # of the parameters: enough for weights to 5e-10, where all would take gigabytes
+COORDINATES = 100_000  # a sample of the gradient: enough for weights to 5e-10; the whole would take gigabytes
 
 
 @dataclass
 class Step:
-    """What is kept of a step until the block ends, as it was before the step, on the CPU.
+    """The record of a step until the block ends: the state before the step, on the CPU.
 
     Attributes:
-        drawn: how many micro-batches were until then; -1 before the step is through.
-        trained: what the optimizer steps.
-        values: of the parameters; of the buffers by module and name, since a forward may put others in their place.
-        modes: of each module.
-        required: whether each parameter is trained.
-        gradient: of what is trained, one vector in float64; of many numbers, a sample.
-        lengths: the share of each trained tensor in it.
+        drawn: the number of micro-batches drawn until then; -1 until the step is complete.
+        trained: the tensors that the optimizer steps.
+        values: the values of the parameters.
+        buffers: the values of the buffers, by module and name, since a forward may replace the tensors.
+        modes: whether each module is in training mode.
+        required: whether each parameter requires a gradient.
+        gradient: the gradient of `trained` as one vector in float64, or a sample of it.
+        lengths: the number of elements of each trained tensor in `gradient`.
     """
 
     drawn: int
@@ -48,7 +49,7 @@ class Step:
 
 
 def before_step(modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer) -> Step:
-    """Note what a step is about to change."""
+    """Record what a step is about to change."""
     inner = refusals.inner(modules)
     trained = [each for group in optimizer.param_groups for each in group["params"]]
     values = {each: each.detach().to("cpu", copy=True) for each in [*refusals.named(modules, "parameters").values()]}
@@ -62,18 +63,18 @@ def before_step(modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer) 
 
 
 def after_step(step: Step, drawn: int) -> None:
-    """Note what it was made with."""
+    """Record the gradient of the step, and the number of micro-batches drawn until then."""
     step.trained = [each for each in step.trained if step.required[each] or each.grad is not None]
     step.drawn, (step.gradient, step.lengths) = drawn, sampled([each.grad for each in step.trained], step.trained)
 
 
 def sampled(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
-    """Return gradients as one vector, in float64 on the CPU, and the length of each; of many numbers, a sample."""
+    """Return gradients, or a sample of them, as one float64 vector on the CPU, and the length of each tensor's part."""
     total, generator, parts = sum(each.numel() for each in parameters), torch.Generator().manual_seed(0), []
     for gradient, parameter in zip(gradients, parameters, strict=True):
         flat = torch.zeros_like(parameter) if gradient is None else gradient
         flat = (flat.detach().to_dense() if flat.layout != torch.strided else flat.detach()).flatten()
-        if total > COORDINATES:  # the same places each time
+        if total > COORDINATES:  # the same positions each time
             many = min(parameter.numel(), max(16, parameter.numel() * COORDINATES // total))
             flat = flat[torch.randint(parameter.numel(), (many,), generator=generator).to(flat.device)]
         parts.append((torch.view_as_real(flat).flatten() if flat.is_complex() else flat).to("cpu", torch.float64))
@@ -81,17 +82,17 @@ def sampled(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) ->
 
 
 class Solution(NamedTuple):
-    """What was found of one step.
+    """The solution of one step.
 
     Attributes:
-        window: the number of the window that it belongs to.
-        weights: of the micro-batches that are in it.
-        earlier: the factor of the gradient of the step before.
-        residual: the share of the gradient that is no such sum.
-        apart: the same of the one parameter that is worst, and its name, where that is much more.
-        uncertainty: by how much a weight may be off.
-        error: of the gradient, relative to the right one of its window.
-        finite: whether the gradient is.
+        window: the index of the window that it belongs to.
+        weights: the weights of the micro-batches in it.
+        earlier: the factor of the previous step's gradient.
+        residual: the share of the gradient that is not a weighted sum of gradients.
+        apart: name and residual of the worst parameter, if its residual is much larger.
+        uncertainty: the possible error of a weight.
+        error: the error of the gradient, relative to the right gradient of its window.
+        finite: whether the gradient is finite.
         drew: whether the forward draws random numbers.
     """
 
@@ -106,15 +107,15 @@ class Solution(NamedTuple):
     drew: bool = False
 
     def holds(self, index: int, share: float) -> bool:
-        """Return whether a micro-batch with this share of its window is in it."""
+        """Return whether the step contains a micro-batch with this share of its window."""
         return abs(self.weights[index]) > max(CLOSE * share, self.uncertainty)
 
 
-SHARED = ("earlier", "residual", "apart", "uncertainty", "error", "finite")  # what a verdict needs as it is
+SHARED = ("earlier", "residual", "apart", "uncertainty", "error", "finite")  # fields that `Facts` shares
 
 
 def windows_of(drawn: Sequence[tuple[int, Any]], accumulation_steps: int) -> list[list[int]]:
-    """Return the windows as they are meant: k of an epoch, the last may be shorter; by index.
+    """Return the intended windows as lists of indices: k micro-batches of an epoch, the last may be shorter.
 
     Example:
         >>> windows_of([(1, "a"), (1, "b"), (1, "c"), (2, "a")], accumulation_steps=2)
@@ -130,14 +131,14 @@ def windows_of(drawn: Sequence[tuple[int, Any]], accumulation_steps: int) -> lis
 
 @dataclass
 class Solver:
-    """Solves steps for their micro-batches, in order of time."""
+    """Solve steps for the weights of their micro-batches, in order of time."""
 
     modules: list[nn.Module]
     loss_sum: Callable[[Any], Tensor]
     drawn: list[tuple[int, Any]]
     windows: list[list[int]]
     counts: list[float]
-    taken: set[int] = field(default_factory=set)  # windows that a step belongs to
+    taken: set[int] = field(default_factory=set)  # windows that already have a step
     columns: dict[int, Tensor | None] = field(default_factory=dict)  # by micro-batch, at the parameters of one step
     drew: bool = False
 
@@ -147,24 +148,24 @@ class Solver:
         self.share = {index: self.counts[index] / (totals[number] or 1) for index, number in self.of.items()}
 
     def solutions(self, steps: Sequence[Step]) -> list[Solution]:
-        """Return one for each step."""
+        """Return a solution for each step."""
         found = []
         for number, step in enumerate(steps):
             self.columns, self.drew = {}, False
-            since = steps[number - 2].drawn if number > 1 else 0  # what was drawn by the step before the one before
+            since = steps[number - 2].drawn if number > 1 else 0  # the number drawn until the step before last
             solution = self._solution(step, steps[number - 1] if number else None, since)
             self.taken.add(solution.window)
             found.append(solution._replace(error=self._error(step, solution), drew=self.drew))
         return found
 
     def _solution(self, step: Step, before: Step | None, since: int) -> Solution:
-        """Solve for the window that is due; for others, and the step before, only where that leaves a rest."""
+        """Solve for the window that is due; if a residual remains, try other micro-batches and the step before."""
         last = self.of[step.drawn - 1]
         expected = min(max(self.taken, default=-1) + 1, last)
         if not step.gradient.isfinite().all():
             return Solution(expected, finite=False)
         if not step.gradient.any():
-            return Solution(expected)  # cleared before it could be read, or nothing to learn
+            return Solution(expected)  # cleared before it was read, or a zero gradient
         due = [index for index in self.windows[expected] if index < step.drawn]
         near = sorted({*due, *range(since, step.drawn)})
         leak = before.gradient if before and before.gradient.any() and before.gradient.isfinite().all() else None
@@ -182,14 +183,14 @@ class Solver:
         for some, with_leak in [(some, each) for some in ([due] if near == due else [due, near]) for each in leaks]:
             solution = self._solved(step, some, with_leak, exact)
             if solution is None or (best is not None and solution.residual > 0.05 * best.residual):
-                continue  # more unknowns always leave less; only much less says anything
+                continue  # more unknowns always reduce the residual; only a large reduction counts
             best, window = solution, expected if some is due else self._belongs(solution.weights, expected)
             if best.residual <= exact:
                 break
         return Solution(expected) if best is None else best._replace(window=window)
 
     def _belongs(self, weights: Mapping[int, float], expected: int) -> int:
-        """Return the window with which a step shares most weight, of those that no other step has, if it can be."""
+        """Return the window with the most weight in a step, preferably one that no other step has."""
         shares: dict[int, float] = {}
         for index, weight in weights.items():
             shares[self.of[index]] = shares.get(self.of[index], 0.0) + abs(weight)
@@ -202,7 +203,7 @@ class Solver:
         columns: list[Tensor] = []
         for index in reversed(some):
             column = self._column(step, index)
-            # The same micro-batch, drawn in an earlier epoch, is no second unknown; twins in one window are two.
+            # A micro-batch drawn in an earlier epoch too is one unknown; equal micro-batches in one window are two.
             apart = [other for at, other in zip(indices, columns, strict=True) if self.of[at] != self.of[index]]
             if column is not None and not any(_equal(column, other) for other in apart):
                 indices.append(index)
@@ -216,29 +217,29 @@ class Solver:
         rest = matrix @ solution - step.gradient
         residual = rest.norm().item() / size
         if leak is not None and (residual > exact or solution.min() < -CLOSE * solution.max()):
-            return None  # the step before is alike, and takes it away, where both have a further term
+            return None  # the previous step is similar, and absorbs a further term that both have
         found = (solution / lengths).tolist()
         earlier = 0.0 if leak is None else found.pop()
         eps = max(torch.finfo(each.dtype).eps for each in step.trained)
         smallest = max(torch.linalg.svdvals(matrix)[-1].item(), 1e-300)
         uncertainty = max(min(residual, CLOSE), eps) * size / smallest / lengths[: len(indices)].min().item()
         weights = dict(zip(indices, found, strict=True))
-        if any(self.of[index] != self.of[some[-1]] for index in some):  # what is but noise is not in it
+        if any(self.of[index] != self.of[some[-1]] for index in some):  # weights that are only noise
             least = CLOSE * max(map(abs, found))
             weights = {index: weight for index, weight in weights.items() if abs(weight) > least}
         return Solution(0, weights, earlier, residual, self._apart(step, rest, weights), uncertainty)
 
     def _apart(self, step: Step, rest: Tensor, weights: Mapping[int, float]) -> tuple[str, float] | None:
-        """Return the parameter whose own gradient is no such sum, though it is too small to show in the whole."""
+        """Return the worst parameter whose gradient is not a weighted sum, though too small to show in the whole."""
         names = {tensor: name for name, tensor in refusals.named(self.modules, "parameters").items()}
         total, noise, worst = step.gradient.norm().item(), None, None
         parts = zip(step.trained, *(torch.split(vector, step.lengths) for vector in (step.gradient, rest)), strict=True)
         for at, (parameter, own, other) in enumerate(parts):
             left = other.norm().item()
-            size = max(own.norm().item(), left)  # a gradient that is lost is left over whole
+            size = max(own.norm().item(), left)  # if a gradient is lost, all of it is the residual
             if size <= 1e-6 * total or left <= 0.05 * size or (worst is not None and left <= worst[1] * size):
                 continue
-            if noise is None:  # what rounding makes of one column: a bias before BatchNorm has nothing else
+            if noise is None:  # the rounding of one column; a bias before BatchNorm has only that
                 pairs = ((index, self._column(step, index)) for index in weights)
                 some, column = next((index, column) for index, column in pairs if column is not None)
                 change = self._gradient(step, some, nudged=True) - column
@@ -248,7 +249,7 @@ class Solver:
         return worst
 
     def _column(self, step: Step, index: int) -> Tensor | None:
-        """Return the mean gradient of a micro-batch at the parameters of a step; None if it counts nothing."""
+        """Return the mean gradient of a micro-batch at the parameters of a step; None if its count is 0."""
         if not self.counts[index]:
             return None
         if index not in self.columns:
@@ -291,10 +292,10 @@ class Solver:
 
 @contextmanager
 def without_hooks(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Let no hook of the loop's run, which may change a gradient or make a step: what is asked for is the loss's own.
+    """Disable the hooks of the loop, which may change a gradient or make a step.
 
-    The names are private: there is no public way to set hooks aside, and fresh parameters in the place of these, tried
-    first, break whatever holds on to the old ones (closures, ties, TorchScript).
+    The names are private: there is no public way to disable hooks, and replacing the parameters, tried first, breaks
+    everything that refers to the old ones (closures, ties, TorchScript).
     """
     held = [(hooks, dict(hooks)) for hooks in hooks_of(parameters)]
     try:
@@ -307,7 +308,7 @@ def without_hooks(parameters: Iterable[Tensor]) -> Iterator[None]:
 
 
 def hooks_of(parameters: Iterable[Tensor]) -> list[dict[Any, Any]]:
-    """Return where the parameters' hooks are kept, of those that have any."""
+    """Return the dicts of hooks of the parameters, without empty ones."""
     names = ("_backward_hooks", "_post_accumulate_grad_hooks")
     return [hooks for each in parameters for name in names if (hooks := getattr(each, name, None))]
 

@@ -1,4 +1,4 @@
-"""May this loss be cut? The gradient of the whole batch beside what `accumulate` makes of its pieces."""
+"""Check whether a loss can be split: compare the gradient of the whole batch with `accumulate` on its pieces."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from gradaccum.verdicts import percent
 
 Batch = TypeVar("Batch")
 MicroBatch = TypeVar("MicroBatch")
-# Modules that draw in training, item by item and nothing else, by the end of their class's name.
+# Suffixes of the names of modules that draw random numbers in training, for each item separately.
 ITEM_BY_ITEM = ("Dropout", "DropPath", "StochasticDepth")
 
 
 @dataclass(frozen=True)
 class Split:
-    """What `check_split` found; it counts as true where `ok` is True, and `str()` gives the verdict.
+    """The result of `check_split`; true if `ok` is True, and `str()` returns the verdict.
 
     Attributes:
-        ok: True, the loss may be cut so; False, it may not; None, no verdict.
-        error: the relative error of the pieces' gradient; NaN where nothing could be compared.
-        buffers: the names of the buffers, and of the frozen parameters, that end elsewhere.
-        verdict: what was found, in a sentence or two.
+        ok: True if the loss can be split like that, False if not, None if the check cannot tell.
+        error: the relative error of the pieces' gradient; NaN if nothing could be compared.
+        buffers: the names of the buffers, and of the frozen parameters, whose final values differ.
+        verdict: the finding, in one or two sentences.
     """
 
     ok: bool | None
@@ -57,23 +57,23 @@ def check_split(
     *,
     dtype: torch.dtype | None = None,
 ) -> Split:
-    """Tell whether a loss may be cut like that, so that `accumulate` on the pieces gives the whole batch's gradient.
+    """Check whether `accumulate` on these pieces gives the gradient of the whole batch.
 
-    Compared are the gradient of your own loss of the whole batch, what `accumulate` makes of the pieces, and the
-    buffers that each of them leaves. Equal is below 1e-5 in float32 and below 1e-9 in float64. What is not is
-    computed again in float64, and is called a fault only where it is larger than rounding. Dropout is left out; other
-    modules that draw random numbers are in eval mode while it runs; normalizations keep their mode. All of it runs on
-    the model itself. Its parameters, buffers, modes, `.grad` and the random state are put back, also after an error;
-    a state that the loss keeps elsewhere is not.
+    It compares the gradient of your own loss on the whole batch with that of `accumulate` on the pieces, and the final
+    buffers of both. Gradients are equal if their relative error is below 1e-5 in float32, or 1e-9 in float64. Otherwise
+    they are computed again in float64, and differ only if the error is larger than rounding. Dropout is left out; other
+    modules that draw random numbers run in eval mode; normalizations keep their mode. Everything runs on the model
+    itself. Its parameters, buffers, modes, `.grad` and the random state are restored, also after an error; any state
+    that the loss keeps elsewhere is not.
 
     Args:
         model: the module whose parameters the loss trains, or a list or tuple of modules.
-        batch: all the items at once; a small batch of unequal items shows more than a large one.
-        loss: returns the loss that you mean, of the whole batch, a tensor of shape ().
+        batch: all items at once; a small batch of unequal items shows more than a large one.
+        loss: returns your own loss of the whole batch, a tensor of shape ().
         micro_batches: the pieces of the same batch, as for `accumulate`.
         loss_sum: as for `accumulate`.
         count: as for `accumulate`.
-        dtype: computes in this dtype instead of the model's own.
+        dtype: the dtype to compute in, instead of the model's own.
 
     Returns:
         A `Split` with `ok`, `error`, `buffers` and `verdict`.

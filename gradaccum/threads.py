@@ -1,6 +1,6 @@
-"""Several ranks as threads of one process: real gloo groups on the loopback, for a notebook and for tests.
+"""Several ranks as threads of one process, with real gloo groups on the loopback, for notebooks and tests.
 
-DistributedDataParallel works on them as on processes. `fully_shard` does not: its mesh wants a group of the whole job.
+DistributedDataParallel works as on processes. `fully_shard` does not: its mesh needs a group of the whole job.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-# Private: the only way to see each collective before it is sent, those of DDP's C++ too.
+# Private: the only way to see each collective before it is sent, including those of DDP's C++ code.
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Result = TypeVar("Result")
 
 
 class RankError(RuntimeError):
-    """What a rank raises because of another one: it sends something else, has ended, or does not come."""
+    """Raised on a rank if another rank calls a different collective, has ended, or calls none in time."""
 
 
 class _Meeting:
-    """Where the ranks compare what each is about to send."""
+    """A meeting point where the ranks compare the collectives that they are about to call."""
 
     def __init__(self, size: int, timeout: float) -> None:
-        # A condition, not a barrier: one that a rank breaks as it ends may still be waking up the others.
+        # A condition, not a barrier: a barrier broken by a rank that ends may still be waking up the others.
         self._changed = threading.Condition()
-        self._came = [0] * size  # how often
-        self._said = [["", ""] for _ in range(size)]  # the last two: nobody can be further ahead
+        self._came = [0] * size  # number of calls per rank
+        self._said = [["", ""] for _ in range(size)]  # the last two calls: no rank can be further ahead
         self._ended: dict[int, str] = {}
         self._timeout = timeout
         self._stopped = False
 
     def meet(self, rank: int, what: str) -> None:
-        """Return when all ranks are about to send the same, or raise RankError."""
+        """Wait until all ranks are about to call the same collective, or raise RankError."""
         with self._changed:
             if self._stopped:
                 raise RankError(f"Rank {rank} was interrupted before {what}.")
@@ -66,14 +66,14 @@ class _Meeting:
             self._changed.notify_all()
 
     def end(self, rank: int, how: str) -> None:
-        """Note that a rank has ended, for the ranks that wait for it."""
+        """Tell the waiting ranks that a rank has ended."""
         with self._changed:
             self._ended.setdefault(rank, how)
             self._changed.notify_all()
 
 
 class _Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Compare operation and shapes over the ranks before each collective: gloo ends the process where they differ."""
+    """Compare operation and shapes over the ranks before each collective: if they differ, gloo ends the process."""
 
     def __init__(self, rank: int, meeting: _Meeting) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -95,11 +95,11 @@ def _tensors(args: Any) -> Iterator[Tensor]:
 
 
 def _group(rank: int, size: int, store: Any, timeout: float) -> Any:
-    """Return a rank's gloo group; `init_process_group` would make one for the whole process."""
+    """Return a rank's gloo group; `init_process_group` would create one for the whole process."""
     c10d: Any = torch.distributed
     gloo, name = c10d.ProcessGroupGloo, "gradaccum"
-    options = gloo._Options()  # private, as are the next names: what init_process_group itself uses
-    options._devices = [gloo.create_device(hostname="127.0.0.1")]  # and no other machine can reach it
+    options = gloo._Options()  # private, like the next names, which init_process_group uses
+    options._devices = [gloo.create_device(hostname="127.0.0.1")]  # unreachable from other machines
     options._timeout = datetime.timedelta(seconds=timeout)
     group = c10d.ProcessGroup(c10d.PrefixStore(name, store), rank, size)
     backend = gloo(c10d.PrefixStore(f"{name}/gloo", store), rank, size, options)
@@ -111,27 +111,27 @@ def _group(rank: int, size: int, store: Any, timeout: float) -> Any:
 
 
 def run_ranks(size: int, work: Callable[[int, Any], Result], *, timeout: float = 20.0) -> list[Result]:
-    """Return what `work(rank, group)` returns on each of `size` ranks, each a thread of this process.
+    """Run `work(rank, group)` on `size` ranks, each a thread of this process, and return the results.
 
-    Give the group to what communicates: `DistributedDataParallel(model, process_group=group)`,
-    `windows(..., group=group)`. There is no group of the whole job, so whatever takes none fails.
-    Threads share the process: `torch.manual_seed` in two of them is one generator, so build the model before, and
-    give each rank a `copy.deepcopy` of it.
+    Pass the group to everything that communicates: `DistributedDataParallel(model, process_group=group)`,
+    `windows(..., group=group)`. There is no default group, so a call without a group fails.
+    Threads share the process, and so one generator for `torch.manual_seed`: build the model before, and give each rank
+    a `copy.deepcopy` of it.
 
     Args:
-        size: how many ranks, an int of at least 1.
+        size: the number of ranks, at least 1.
         work: called as `work(rank, group)` in each thread.
-        timeout: seconds that a rank waits for the others at a collective. (One that does not communicate may take
-            longer, if no other one waits for it.)
+        timeout: seconds that a rank waits for the others in a collective. (A rank that does not communicate may take
+            longer, if no other rank waits for it.)
 
     Returns:
-        A list of what each rank returned.
+        A list of the results, in the order of the ranks.
 
     Raises:
         ValueError: `size` is below 1.
-        RankError: the ranks send different things (which would end the process in gloo), or one waits for another
-            that has ended or does not come: the first such error, if no rank raised any other.
-        Exception: what a rank raises, the lowest rank's first.
+        RankError: the ranks call different collectives (gloo would end the process), or one waits for a rank that has
+            ended or does not come. If a rank raised another error, that error is raised instead.
+        Exception: the error of a rank, the lowest rank's first.
 
     Example:
         >>> def work(rank, group):

@@ -1,11 +1,11 @@
-"""What a window's weights look like: the kinds of update that an audit distinguishes, and a sentence for each."""
+"""The kinds of update that an audit distinguishes by its weights, and a sentence for each."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-# In the order in which they are looked for. What is after "right" is a fault, or a choice such as clipping.
+# In the order of the tests. Those after "right" are faults, or choices such as clipping.
 KINDS = (
     "left over, never stepped",
     "not finite",
@@ -23,28 +23,28 @@ KINDS = (
     "clipped or divided inside",
     "does not fit",
 )
-CLOSE = 1e-3  # of the largest right weight: weights are known to about this in float32
+CLOSE = 1e-3  # relative to the largest right weight: the accuracy of weights in float32
 
 
 @dataclass
 class Facts:
-    """What was solved for one update; `weights`, `right` and `counts` go by the micro-batches of its window.
+    """The solution of one update; `weights`, `right` and `counts` have one entry per micro-batch of its window.
 
     Attributes:
         weights: the factor that each micro-batch's own mean gradient got.
-        right: the factor that it should have got, its count over the window's.
-        counts: the items in each.
-        steps: k, the accumulation steps that were asked for.
-        outside: the weights of other micro-batches, by index.
-        elsewhere: how many of the window's micro-batches have a weight in another update alone.
-        before: how many have one in an earlier update too.
-        earlier: the factor of the gradient of the update before.
-        residual: the share of the gradient that is no such sum.
-        apart: a parameter whose own gradient is none, and its share, where that does not show in the whole.
-        error: of the gradient, relative to the right one.
-        uncertainty: by how much a weight may be off.
-        finite: whether the gradient is.
-        suspects: what the model and the loop show that is no sum.
+        right: the right factor, its count over the window's.
+        counts: the number of items in each.
+        steps: k, the accumulation steps given to `audit`.
+        outside: the weights of micro-batches of other windows, by index.
+        elsewhere: how many of the window's micro-batches have a weight only in another update.
+        before: how many have a weight in an earlier update too.
+        earlier: the factor of the previous update's gradient.
+        residual: the share of the gradient that is not a weighted sum of gradients.
+        apart: name and residual of a parameter, if its residual does not show in the whole gradient.
+        error: the relative error of the gradient.
+        uncertainty: the possible error of a weight.
+        finite: whether the gradient is finite.
+        suspects: parts of the model and the loop that may explain a residual.
     """
 
     weights: Sequence[float]
@@ -78,7 +78,7 @@ def kind_of(facts: Facts) -> tuple[str, str]:
     scale = max(right)
 
     def close(values: Sequence[float]) -> bool:
-        """Return whether each is known to be: to 1e-3 of itself, or as far as it is known."""
+        """Return whether each weight is close: to 1e-3 of its value, or within its uncertainty."""
         least = min(facts.uncertainty, CLOSE * scale)
         return all(abs(w - v) <= max(CLOSE * abs(v), least) for w, v in zip(weights, values, strict=True))
 
@@ -216,7 +216,7 @@ def _listed(counts: Sequence[float]) -> str:
 
 
 def percent(share: float) -> str:
-    """Return a share in two digits, or in whole percents from 100 on.
+    """Format a share as a percentage with two digits, from 100 % on as an integer.
 
     Example:
         >>> percent(0.1284), percent(3.5)

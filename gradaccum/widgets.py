@@ -1,6 +1,6 @@
-"""The interactive parts of a lesson: `predict` before you run, `recap`, `explore` with mouse or keys, `progress`.
+"""The widgets of a lesson: `predict` asks for a guess, `recap` reviews the guesses, `explore` and `progress`.
 
-They keep to what ipywidgets 7.7 has. A view draws what a pure function returns, so that a test can call the function.
+They use only what ipywidgets 7.7 has. A view draws what a pure function returns, so that a test can call the function.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from gradaccum.interrupts import say_stopped
 
 Item = TypeVar("Item")
 NO_GUESS = "Where you commit a guess before you run the next cell, a table here says how it did."
-# The margin is where the next cell begins: it is seen after a guess, when the view comes into sight.
-# On a dark page a white figure glares. Inverted, and turned back to its own hues, it keeps its contrasts; to draw each
-# figure twice would need another kernel's knowledge of the theme.
+# The margin shows the top of the next cell when a view is scrolled into sight after a guess.
+# On a dark page a white figure glares. Inverted, with the hues rotated back, it keeps its contrast; to draw it in the
+# page's colours, the kernel would have to know the theme.
 STYLE = (
     ".gradaccum-view { scroll-margin-bottom: 6em } .gradaccum-view .widget-readout { flex-shrink: 0 }"
     " [data-jp-theme-light=false] :is(.jp-RenderedImage, .gradaccum-view) img { filter: invert(.9) hue-rotate(180deg) }"
@@ -35,7 +35,7 @@ STYLE = (
 
 
 class Prediction:
-    """A question that waits for a guess; made by `predict`, answered by `reveal`, looked back on by `recap`."""
+    """A question that waits for a guess; created by `predict`, answered by `reveal`, reviewed by `recap`."""
 
     def __init__(self, question: str, choices: Sequence[str] | Mapping[str, float] = ()) -> None:
         self.question = question
@@ -46,12 +46,12 @@ class Prediction:
         self._right: float | str = ""
         self._answer = ""
         self._shown: DisplayHandle | None = None
-        # A button for each choice: JupyterLab keeps the arrow keys and letters from a list, not Tab and Space.
+        # A button for each choice: JupyterLab takes the arrow keys and letters away from a list, but not Tab and Space.
         names, layout = self.choices or ["Commit"], ipywidgets.Layout(width="auto")
         self.buttons: list[Any] = [ipywidgets.Button(description=name, layout=layout) for name in names]
         self.text: Any = None
         if not choices:
-            # Sent when it is whole, by Enter or on leaving: key by key, what is typed fast would come late and cut off.
+            # Sent on Enter or on leaving: sent key by key, fast typing would arrive late and truncated.
             named = {"placeholder": "a number", "description": "Your guess"}
             self.text = ipywidgets.Text(continuous_update=False, **named)
             self.text.observe(self._typed, names="value")
@@ -61,7 +61,7 @@ class Prediction:
             button.on_click(self._clicked)
 
     def view(self) -> Any:
-        """Lay out the question and what to answer it with: Tab, Enter and Space are enough to use it."""
+        """Return the view of the question and its controls, which can be used with Tab, Enter and Space alone."""
         question = ipywidgets.HTML(f"<b>Predict:</b> {html.escape(self.question)}")
         question.add_class("gradaccum-asks")
         wrapped = ipywidgets.Layout(flex_flow="row wrap")
@@ -69,7 +69,7 @@ class Prediction:
         return _view([question, answers, self.status])
 
     def commit(self, guess: str) -> None:
-        """Take the guess, once; the answer opens at once where it is already measured."""
+        """Accept the first guess; the answer opens at once if it is already measured."""
         if self.guess is not None:
             return
         if not guess.strip():
@@ -84,16 +84,16 @@ class Prediction:
             self.status.value = f"{said} The answer is open below."
 
     def reveal(self, answer: object, meaning: str, right: float | str | None = None) -> None:
-        """Show the answer: open if a guess was committed, else closed until the reader opens it.
+        """Show the answer: open if a guess was committed, otherwise closed until the reader opens it.
 
         Args:
-            answer: what was measured; a float is shown with three digits.
-            meaning: what the answer is, with its unit, in a few words that do not give it away.
-            right: what guesses are judged by, where it is not the answer as shown: a number, or for choices without
-                numbers one of them.
+            answer: the measured value; a float is shown with three digits.
+            meaning: what the answer is, with its unit, in a few words that do not reveal it.
+            right: the value that guesses are compared with, if it is not `answer`: a number, or one of the choices if
+                they have no numbers.
 
         Raises:
-            ValueError: guesses cannot be judged by this: it is none of the choices, or no number.
+            ValueError: guesses cannot be compared with this value: it is not one of the choices, or not a number.
         """
         value = f"{answer:.3g}" if isinstance(answer, float) else str(answer)
         given = value if right is None else right
@@ -107,7 +107,7 @@ class Prediction:
         self._shown = display(HTML(self._answer_html()), display_id=True)
 
     def verdict(self) -> tuple[bool, str]:
-        """Say whether the guess was right, and in a few words how far off it was."""
+        """Return whether the guess was right, and in a few words how far off it was."""
         if self.measured is None:
             return False, "run the cell below the question"
         if self.choices:
@@ -122,12 +122,12 @@ class Prediction:
     def _typed(self, _: object) -> None:
         self.commit(self.text.value)
         if self.guess is not None:
-            self.text.value = self.guess  # it stands, whatever is typed after it
+            self.text.value = self.guess  # the first guess is kept
 
     def _clicked(self, button: Any) -> None:
         self.commit(self.text.value if self.text else button.description)
         if self.guess is not None:
-            # The one that was pressed first stays: it has the focus, without which no key reaches the notebook.
+            # The pressed button stays enabled: it has the focus, without which no key reaches the notebook.
             for other in [*self.buttons, *([self.text] if self.text else [])]:
                 other.disabled = other.disabled or other is not button
 
@@ -145,18 +145,18 @@ _asked: dict[str, Prediction] = {}
 
 
 def predict(question: str, choices: Sequence[str] | Mapping[str, float] = ()) -> Prediction:
-    """Ask the learner for a guess, by keyboard alone if they like, before the value shows; a guess made here is kept.
+    """Ask the learner for a guess, by mouse or keyboard, before the value is shown; a committed guess is kept.
 
     Args:
         question: one sentence; plain text.
-        choices: what to choose from, perhaps with the number that each stands for; without them a number is typed.
+        choices: the choices, or a mapping from each choice to its number; without choices, the learner types a number.
 
     Returns:
-        The prediction; call its `reveal` in the cell that measures the value.
+        The `Prediction`; call its `reveal` in the cell that measures the value.
     """
     say_stopped()
     prediction = _asked.get(question)
-    # Whoever presses Shift + Enter at a button that keeps the focus runs this again: their guess is theirs still.
+    # Shift + Enter at a button with the focus runs this cell again: the guess is kept.
     if prediction is None or prediction.guess is None or prediction.choices != list(choices):
         prediction = _asked[question] = Prediction(question, choices)
     _show(prediction.view())
@@ -164,7 +164,7 @@ def predict(question: str, choices: Sequence[str] | Mapping[str, float] = ()) ->
 
 
 def recap() -> None:
-    """Show how the guesses did that were committed in this notebook, in a sentence and a table.
+    """Show how the guesses in this notebook compare with the results, in a sentence and a table.
 
     Example:
         >>> recap()
@@ -189,7 +189,7 @@ def _row(cells: Sequence[str], kind: str) -> str:
 
 
 def _number(text: str) -> float | None:
-    """Read the one number in a text, however people write it: "about 4x", "52 %", "1,000", "2,5", "1/3", "3.2e-7"."""
+    """Return the number in a text, None unless there is exactly one: "about 4x", "52 %", "1,000", "2,5", "1/3"."""
     text = re.sub(r"(?<![\d.,])([1-9]\d{0,2})((?:,\d{3})+)(?![\d,])", lambda m: m[0].replace(",", ""), text)
     text = re.sub(r"(?<=\d),(?=\d)", ".", text.replace("\u2212", "-"))
     found = re.findall(r"(?:(?<![\w.)])-)?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", text)
@@ -200,7 +200,7 @@ def _number(text: str) -> float | None:
 
 
 def _apart(one: float, other: float) -> float:
-    """How many times one number is the other, as the size of a logarithm; only 0 is near to 0."""
+    """Return the absolute log ratio of two numbers; infinite if the signs differ or only one is 0."""
     if one == other:
         return 0.0
     return abs(math.log(one / other)) if one * other > 0 else math.inf
@@ -220,16 +220,16 @@ def _how_far(guess: float, right: float) -> tuple[bool, str]:
 
 
 def explore(view: Callable[..., tuple[Figure, str]], **controls: Sequence[Any]) -> None:
-    """Show a figure and its sentence, drawn anew whenever a control moves.
+    """Show a figure and a sentence, redrawn whenever a control changes.
 
     Args:
-        view: a pure function of the controls' values; gives the figure and one sentence that says what it shows.
-            The default of each of its parameters is where that control starts.
-        controls: the values to choose from, in order, under the names of `view`'s parameters. Numbers become a
-            slider, which the arrow keys move; words, and True and False, which have no order, become buttons.
+        view: a pure function of the controls' values that returns the figure and one sentence that describes it.
+            The default of each parameter is the start value of its control.
+        controls: the possible values, in order, by the names of `view`'s parameters. Numbers become a slider, which
+            the arrow keys move; words and booleans become buttons.
 
     Raises:
-        ValueError: a control cannot start where its parameter's default says.
+        ValueError: the default of a parameter is not among the values of its control.
     """
     say_stopped()
     start = {name: parameter.default for name, parameter in inspect.signature(view).parameters.items()}
@@ -243,7 +243,7 @@ def explore(view: Callable[..., tuple[Figure, str]], **controls: Sequence[Any]) 
     layout = ipywidgets.Layout(max_width="100%", margin="0", align_self="flex-start")
     picture = ipywidgets.Image(format="png", layout=layout)
 
-    @lru_cache(maxsize=64)  # by the controls' places, since a value may be anything
+    @lru_cache(maxsize=64)  # by index, since values may be unhashable
     def drawn(*_: int) -> tuple[str, bytes]:
         figure, text = view(**{name: box.value for name, box in boxes.items()})
         return text, _png(figure)
@@ -251,7 +251,7 @@ def explore(view: Callable[..., tuple[Figure, str]], **controls: Sequence[Any]) 
     def draw(_: object = None) -> None:
         try:
             text, image = drawn(*(box.index for box in boxes.values()))
-        except Exception as error:  # it is raised in no cell: nobody would see it
+        except Exception as error:  # outside of a cell, where an error is not shown
             reason = str(error).partition("\n")[0]
             text, image = f"This cannot be shown. {type(error).__name__}: {reason}", b""
         sentence.value, picture.value = f"<p>{html.escape(text)}</p>", image
@@ -264,7 +264,7 @@ def explore(view: Callable[..., tuple[Figure, str]], **controls: Sequence[Any]) 
             box.observe(draw, names="value")
         draw()
 
-    drawn(*(box.index for box in boxes.values()))  # what is wrong from the start is wrong in the cell
+    drawn(*(box.index for box in boxes.values()))  # an error in the first figure is raised in the cell
     draw()
     for box in boxes.values():
         box.observe(draw, names="value")
@@ -273,16 +273,16 @@ def explore(view: Callable[..., tuple[Figure, str]], **controls: Sequence[Any]) 
 
 
 def progress(items: Iterable[Item], description: str) -> Iterator[Item]:
-    """Show a bar with the time left while going through `items`; it leaves nothing behind in the notebook.
+    """Yield the items and show a progress bar with the remaining time, which leaves no output in the notebook.
 
     Args:
-        items: what to go through; its length, where it has one, gives the time left.
+        items: an iterable; the remaining time is shown if it has a length.
         description: a few words beside the bar.
     """
     say_stopped()
     shown = display(HTML(""), display_id=True)
     try:
-        bar = {"mininterval": 0.2, "ascii": " -", "ncols": 70, "disable": False}  # it leaves no output behind
+        bar = {"mininterval": 0.2, "ascii": " -", "ncols": 70, "disable": False}  # leaves no output
         yield from tqdm(items, desc=description, file=Shown(shown), **bar)
     finally:
         shown.update(HTML(""))
@@ -314,13 +314,13 @@ def _show(view: Any) -> None:
 
 @cache
 def _in_the_browser() -> str:
-    """Return what a view has with it: how it is laid out, and the script that names its parts and moves the focus."""
+    """Return the style of a view, and the script that names its parts and moves the focus."""
     script = Path(__file__).with_name("widgets.js").read_text("utf-8")
     return f"<style>{STYLE}</style><script>{script}</script>"
 
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    figure.set_figwidth(min(figure.get_figwidth(), 8.0))  # a narrow window shrinks a wide one, and its text with it
-    figure.savefig(buffer, format="png")  # the layout leaves nothing outside, so drawing it once is enough
+    figure.set_figwidth(min(figure.get_figwidth(), 8.0))  # a narrow window shrinks a wide figure and its text
+    figure.savefig(buffer, format="png")  # the layout fits, so one drawing is enough
     return buffer.getvalue()

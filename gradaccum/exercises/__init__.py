@@ -1,6 +1,6 @@
-"""The graded exercises: `check` an answer, try it, see the `scorecard`, open the `solution`, or `reset` a cell.
+"""The graded exercises: `check` or `attempt` an answer, show the `scorecard` or a `solution`, `reset` a cell.
 
-`card` draws what was reached, to share. `progress` says what is kept over a restart, and where.
+`card` draws the results, to share. The module `progress` saves points over a restart.
 
 Each question is a file in `questions/`, with its properties, their oracles and its known mistakes.
 """
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Score", "Scorecard", "attempt", "card", "check", "find", "questions_of", "reset", "scorecard", "solution"]
 
-# Questions are found by listing this folder: a new question is a new file and nothing else.
+# The questions are the files of this folder: a new question is only a new file.
 _FILES = [re.fullmatch(r"q(\d+)_(\d+)\.py", path.name) for path in Path(__file__).with_name("questions").glob("q*.py")]
 _NUMBERS = sorted((int(match[1]), int(match[2])) for match in _FILES if match)
 IDENTIFIERS = tuple(f"{lesson}.{number}" for lesson, number in _NUMBERS)
 LESSONS = tuple(sorted({lesson for lesson, _ in _NUMBERS}))
-# Made from the notebooks' sources, where each answer is written once. An instructor may delete it.
+# Generated from the notebooks' sources, where each answer is written once. An instructor may delete it.
 ANSWERS = Path(__file__).with_name("answers.json")
-# Made from them too: of each exercise its lesson's title, how difficult it is, and the sentence that it opens with.
+# Generated too: for each exercise its lesson's title, its difficulty and its first sentence.
 ABOUT = Path(__file__).with_name("about.json")
 _scores: dict[str, Score] = {}
 
@@ -60,7 +60,7 @@ def find(identifier: str) -> Question:
     """Return a question by its id, such as "3.2".
 
     Raises:
-        ValueError: there is no such question; the message lists those of the lesson.
+        ValueError: there is no such question; the message lists the questions of the lesson.
 
     Example:
         >>> find("3.2").points
@@ -81,16 +81,16 @@ def _loaded(identifier: str) -> Question:
 
 
 def check(identifier: str, answer: Answer) -> Score:
-    """Grade an answer and return the card; it never raises because of the answer, so that Run All goes on.
+    """Grade an answer and return its score; an answer never makes it raise, so that Run All continues.
 
-    The data is drawn from a seed, 0 unless the environment variable GRADACCUM_SEED names another for a class.
+    The data is drawn from a seed, 0 unless the environment variable GRADACCUM_SEED sets another for a class.
 
     Args:
-        identifier: the question's, "3.2".
+        identifier: the id of the question, such as "3.2".
         answer: the function that you wrote.
 
     Returns:
-        A `Score`: a float, whose text is the bare number of points.
+        A `Score`: a float, the number of points, which a notebook shows as a card.
 
     Raises:
         ValueError: there is no such exercise.
@@ -104,13 +104,13 @@ def check(identifier: str, answer: Answer) -> Score:
     _scores[identifier] = score
     score.stale = stale.note(answer)
     progress.keep(identifier, score.outcome.points, answer)
-    if progress.is_on():  # a learner's notebook: a grader's cards speak of the answer alone
+    if progress.is_on():  # only in a learner's notebook, not on a grader's cards
         score.so_far = scorecard(int(identifier.partition(".")[0])).so_far
     return score
 
 
 def attempt(function: Answer, *args: Any, **kwargs: Any) -> None:
-    """Print what a call returns, if anything, or in a line what is wrong; for trying where Run All must go on.
+    """Call a function and print its result, or its error in one line, so that Run All continues.
 
     Example:
         >>> attempt(max, 3, 4)
@@ -134,7 +134,7 @@ def attempt(function: Answer, *args: Any, **kwargs: Any) -> None:
 
 
 def scorecard(lesson: int) -> Scorecard:
-    """Show the points of a lesson's exercises, best known, since the notebook was started, and kept from before.
+    """Return a table of the points in a lesson's exercises: since the notebook was started, and the best saved.
 
     Example:
         >>> scorecard(3).possible
@@ -144,12 +144,12 @@ def scorecard(lesson: int) -> Scorecard:
 
 
 def card(lesson: int | None = None) -> Figure:
-    """Draw a card to share: the best points of a lesson's exercises, or of all, and the hardest that was solved.
+    """Draw a card to share: the best points in a lesson's exercises, or in all, and the hardest exercise solved.
 
-    Right-click saves it, or `exercises.card(3).savefig("card.png")`: 1200 by 630 pixels. Nothing is sent anywhere.
+    To save it, right-click it or call `exercises.card(3).savefig("card.png")`: 1200 by 630 pixels. It is not sent.
 
     Returns:
-        A figure; its label (`figure.get_label()`) says what is on it, for an alt text.
+        A figure; its label (`figure.get_label()`) describes it, for an alt text.
 
     Example:
         >>> [round(100 * inches) for inches in card(3).get_size_inches()]
@@ -162,14 +162,14 @@ def card(lesson: int | None = None) -> Figure:
 
 
 def solution(identifier: str) -> None:
-    """Show the worked solution of an exercise: read it once you have tried."""
+    """Show the worked solution of an exercise; try it yourself first."""
     display(Code(_stored(identifier, "solution"), language="python"))
 
 
 def reset(identifier: str) -> None:
-    """Put an exercise back to how it came, and clear what is kept of its points.
+    """Restore the original answer cell of an exercise, and clear its saved points.
 
-    Replace everything in its answer cell by `exercises.reset("3.2")` and run that: the cell becomes what it was.
+    Replace the content of its answer cell with `exercises.reset("3.2")` and run it: the cell gets its original text.
     Outside of a notebook the text is printed.
 
     Example:
@@ -184,7 +184,7 @@ def reset(identifier: str) -> None:
         print(text)
     else:
         shell.set_next_input(text, replace=True)
-        is_clear = row.best and identifier not in progress.known()  # a file that cannot be written keeps them
+        is_clear = row.best and identifier not in progress.known()  # a read-only file keeps them
         cleared = f", and its {row.best} of {question.points} points are cleared" if is_clear else ""
         print(f"{identifier} is as it came{cleared}.")
 

@@ -1,4 +1,4 @@
-"""How a learner sees the result of a check: a number for nbgrader, a card for people."""
+"""The result of a check: a number for nbgrader, a card for people."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from gradaccum.exercises.progress import Kept
 from gradaccum.exercises.question import Question
 from gradaccum.exercises.weighing import Weights
 
-# White on each is 4.5:1 or more, for the badges; each is 3:1 or more on the page of a light and of a dark theme (#fff,
-# #111, #212121), for the border. All other text takes the theme's own colour.
+# For the badges, white has a contrast of 4.5:1 or more on each; for the border, each has 3:1 or more on the pages of
+# light and dark themes (#fff, #111, #212121). All other text has the theme's colour.
 GREEN, RED, GREY = "#1a7f37", "#c8322b", "#69717a"
 HEIGHT = 40.0  # of the bars
 
 
 class Score(float):
-    """The points of one check. Its text is the bare number, which nbgrader reads as partial credit.
+    """The points of one check. As text it is only the number, which nbgrader reads as partial credit.
 
     Attributes:
-        outcome: what was tried, property by property.
+        outcome: the results, property by property.
         report: the card as plain text.
-        so_far: for a learner, in a sentence, how much of the lesson they have.
-        stale: a sentence, if it is about a version of the answer that is not the last.
+        so_far: a sentence for the learner about their progress in the lesson.
+        stale: a sentence, if the check tested an older version of the answer.
     """
 
     outcome: Outcome
@@ -32,7 +32,7 @@ class Score(float):
     stale = ""
 
     def __new__(cls, outcome: Outcome) -> Score:
-        """Make the number of the outcome's points."""
+        """Return a score with the points of the outcome."""
         score = super().__new__(cls, outcome.points)
         score.outcome = outcome
         return score
@@ -42,7 +42,7 @@ class Score(float):
 
     @property
     def report(self) -> str:
-        """Write the card as plain text."""
+        """The card as plain text."""
         outcome = self.outcome
         lines = [_headline(outcome), *filter(None, (self.stale, outcome.note))]
         for result in outcome.results:
@@ -78,7 +78,7 @@ def _details(result: Result) -> list[str]:
 
 
 def _relation(result: Result) -> list[str]:
-    """Say in a sentence each how what came out relates to what was expected, and which weights are in it."""
+    """Return sentences on how the result relates to the expected one, and on the weights in it."""
     relation = result.difference.relation if result.difference else ""
     if relation.startswith("exactly"):
         relation += " as it should be"
@@ -97,7 +97,7 @@ def _vectors(result: Result) -> list[str]:
 
 
 def _bars(weights: Weights) -> str:
-    """Draw the weights as bars, the right ones as outlines; the numbers are in the sentence beside it."""
+    """Return an SVG of the weights as bars, the right ones as outlines; the card's text has the numbers."""
     highest, lowest = (pick(0.0, *weights.got, *weights.right) for pick in (max, min))
     unit, wide = HEIGHT / (highest - lowest), 24 * len(weights.got) + 8
     zero, bars = 2 + unit * highest, []
@@ -121,9 +121,9 @@ def _badge(text: str, colour: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Escape a text for HTML, and show what is between backticks as code."""
+    """Escape a text for HTML, with text between backticks as code."""
     parts = html.escape(text).split("`")
-    if len(parts) % 2 == 0:  # one is left over, perhaps from the learner's own line
+    if len(parts) % 2 == 0:  # an unpaired backtick, perhaps from the learner's own line
         return "`".join(parts)
     return "".join(f"<code>{part}</code>" if index % 2 else part for index, part in enumerate(parts))
 
@@ -167,7 +167,7 @@ def _card(outcome: Outcome, so_far: str = "", stale: str = "") -> str:
 
 
 class Row(NamedTuple):
-    """An exercise on a scorecard: its last check since the notebook was started, and what is kept of it."""
+    """An exercise on a scorecard: its last check since the notebook was started, and its saved record."""
 
     question: Question
     score: Score | None
@@ -175,18 +175,18 @@ class Row(NamedTuple):
 
     @property
     def best(self) -> int:
-        """The most that is known to have been earned."""
+        """The best known points."""
         known = self.kept.best if self.kept else 0
         return min(max(known, int(self.score or 0)), self.question.points)
 
     @property
     def now(self) -> str:
-        """What the last check gave."""
+        """The points of the last check."""
         return "not checked" if self.score is None else f"{self.score:g} of {self.question.points}"
 
     @property
     def before(self) -> str:
-        """What is kept and is more, or all that there is."""
+        """The saved points, if they are better or the only ones."""
         kept = self.kept
         if kept is None or (self.score is not None and self.score >= self.best):
             return ""
@@ -198,7 +198,7 @@ class Row(NamedTuple):
 
 
 class Scorecard:
-    """All exercises of a lesson: what was earned since the notebook was started, and what is kept from before."""
+    """The exercises of a lesson, with their points since the notebook was started and the saved points."""
 
     def __init__(
         self,
@@ -215,12 +215,12 @@ class Scorecard:
 
     @property
     def so_far(self) -> str:
-        """Say how much of the lesson there is, for a check's card."""
+        """A sentence about the progress in the lesson, for a check's card."""
         count = f"{self.solved} of {len(self.rows)} exercises of this lesson"
         return f"So far, best checks counted: {count}, {self.points} of {self.possible} points."
 
     def next_step(self) -> str:
-        """Say what to do next, in one sentence."""
+        """Return the next thing to do, in one sentence."""
         for row in self.rows:
             named = f"Next: {row.question.id}, {row.question.title}"
             if row.score is None and row.best < row.question.points:

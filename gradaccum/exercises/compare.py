@@ -1,4 +1,4 @@
-"""Compare plain data with what is expected, and say in words how the two differ."""
+"""Compare plain data with the expected data, and describe the difference in words."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-Plain = Any  # numbers, strings, booleans, None, and lists and dicts of them: what JSON can carry
+Plain = Any  # the types of JSON: numbers, strings, booleans, None, and lists and dicts of them
 
 TOLERANCE = 1e-6
-"""How far an answer may be off, relative to what is expected. All data is float64, where the right answers agree to
-1e-15; but one that makes its weights in float32 is 6e-8 off and right. The wrong ones are 1e-3 off or more."""
+"""The largest relative error of a right answer. All data is float64, in which right answers agree to 1e-15; but an
+answer that computes its weights in float32 has an error of 6e-8 and is right. Wrong answers have 1e-3 or more."""
 
 
-LARGE = 10**300  # an int beyond this is no float, and is not shown
+LARGE = 10**300  # a larger int is not converted to float, and not shown
 
 
 ALL_ZEROS, EMPTY = "all zeros", "`.grad` is empty or all zeros"
 ZEROS = {"weights moved by": "the weights did not move", "gradient": EMPTY, "gradient of a second call": EMPTY}
-"""What it means, by what is compared."""
+"""What all zeros mean, by the name of the compared value."""
 
 
 class Difference(NamedTuple):
-    """How what came out differs from what was expected, in words: both values, and how they relate if that is known."""
+    """The expected and the actual value, as text, and how they relate, if that is known."""
 
     expected: str
     got: str
@@ -31,7 +31,7 @@ class Difference(NamedTuple):
 
 
 def agree(got: Plain, expected: Plain) -> Difference | None:
-    """Compare plain data: counts and words exactly, a list of floats as one vector, to `TOLERANCE`.
+    """Return the difference of plain data, None if equal; lists of floats are compared as vectors, to `TOLERANCE`.
 
     Example:
         >>> agree([2.0, 4.0], [0.5, 1.0])
@@ -56,7 +56,7 @@ def agree(got: Plain, expected: Plain) -> Difference | None:
         return Difference(short(expected), short(got)) if any(differences) else None
     if _is_number(expected) and _is_number(got):
         relation = "" if got == expected else _relation([got], [expected])
-        if isinstance(expected, int) and got != expected:  # a count: a factor would say nothing
+        if isinstance(expected, int) and got != expected:  # a count: a factor would not help
             return Difference(short(expected), short(got), "" if relation else "close, but not exact")
         return Difference(short(expected), short(got), relation) if relation else None
     same = type(got) is type(expected) and got == expected
@@ -64,8 +64,8 @@ def agree(got: Plain, expected: Plain) -> Difference | None:
 
 
 def _relation(got: Sequence[float], expected: Sequence[float]) -> str:
-    """Say how two vectors relate, "" if they are equal to the tolerance."""
-    if not all(map(math.isfinite, (*got, *expected))):  # expected may be what a known mistake gives
+    """Return how two vectors relate, in words; "" if they are equal within the tolerance."""
+    if not all(map(math.isfinite, (*got, *expected))):  # `expected` may be the result of a known mistake
         return "not finite"
     norm = math.hypot(*expected)
     error = math.hypot(*(one - other for one, other in zip(got, expected, strict=True)))
@@ -75,12 +75,12 @@ def _relation(got: Sequence[float], expected: Sequence[float]) -> str:
         return ALL_ZEROS if norm else "zeros were expected"
     factor = sum(one * other for one, other in zip(got, expected, strict=True)) / norm**2
     rest = math.hypot(*(one - factor * other for one, other in zip(got, expected, strict=True)))
-    # A single number is some factor of any other: worth saying only where it is a whole one, or one over it.
+    # A factor between single numbers is worth saying only if it, or its inverse, is an integer.
     simple = any(
         abs(one - round(one)) <= TOLERANCE and abs(one) <= 64 for one in (factor, 1 / factor if factor else 0.5)
     )
     if rest <= TOLERANCE * norm and (len(got) > 1 or simple):
-        part = Fraction(factor).limit_denominator(12)  # as the weights beside it are written
+        part = Fraction(factor).limit_denominator(12)  # as the weights are written
         if 0 < part < 1 and abs(factor - part) <= TOLERANCE * factor:
             return f"exactly {part} as large"
         return f"exactly {factor:.5g} times as large"
@@ -98,7 +98,7 @@ def _is_vector(value: Plain, any_number: bool = False) -> bool:
 
 
 def short(value: Plain) -> str:
-    """Write plain data for a card: four digits, and no more of a long list than shows what it is."""
+    """Format plain data for a card: numbers with four digits, and only the beginning of a long list."""
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, int) and not isinstance(value, bool):

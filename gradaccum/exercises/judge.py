@@ -1,4 +1,4 @@
-"""Give points for what was seen, and say which mistake it is: the judges compare with the oracles, no answer is run."""
+"""Give points for the observed results and name the mistake, by comparison with the oracles; no answer is run here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ UNKNOWN = "There may be more: mend this first, then run the check again."
 
 
 class Result(NamedTuple):
-    """One property of one answer. `passed` is None where it was not tried or does not count."""
+    """The result of one property. `passed` is None if it was not tried or does not count."""
 
     name: str
     points: int
@@ -26,30 +26,30 @@ class Result(NamedTuple):
     tried: str = ""
     difference: Difference | None = None
     problem: str = ""
-    weights: Weights | None = None  # of the case that was tried
+    weights: Weights | None = None  # of the case in `tried`
 
 
 @dataclass
 class Outcome:
-    """What became of an answer: points, the results by property, and the sentences for the card."""
+    """The outcome of an answer: points, results by property, and the sentences for the card."""
 
     question: Question
     points: int
     results: list[Result]
-    note: str = ""  # what rules out points altogether: not written, not changed ...
-    mistake: str = ""  # what this looks like
-    said: str = ""  # what the gradient shows, where no mistake is recognized
+    note: str = ""  # why there are no points at all: not written, not changed ...
+    mistake: str = ""  # the sentence of the recognized mistake
+    said: str = ""  # what the gradient shows, if no mistake is recognized
     printed: str = ""
     recognized: Mistake | None = None
 
 
 def grade(question: Question, answer: Answer, seed: int | str = 0) -> Outcome:
-    """Run the probes, then the judges."""
+    """Run the probes on an answer, then judge the results."""
     return judge(question, observe(question, answer, seed), seed)
 
 
 def judge(question: Question, observed: Observed, seed: int | str = 0) -> Outcome:
-    """Compare what was seen with the oracle, give the points and name the mistake; the answer is not run here."""
+    """Compare the observed results with the oracle, give points and name the mistake; the answer is not run here."""
     last = observed.seen[-1][-1]
     if last.problem in ("not written", "not changed", "finished", "stopped"):
         untried = [Result(each.name, each.points, None) for each in question.properties]
@@ -84,21 +84,21 @@ def _judged_whole(question: Question, observed: Observed, seed: int | str) -> Ou
     passed = [verdict.passed for verdict in verdicts]
     if False in passed:
         outcome.recognized, outcome.mistake = _recognized(question, seen, passed, seed)
-        if outcome.recognized and outcome.mistake == outcome.recognized.sentence:  # it explains each row that failed
+        if outcome.recognized and outcome.mistake == outcome.recognized.sentence:  # it explains every failed row
             _say_once(results)
         _weigh(outcome, seen, seed)
     return outcome
 
 
 def _say_once(results: list[Result]) -> None:
-    """Leave the details to the first row that differs: the others would read as further mistakes."""
+    """Keep only the details of the first row that differs: others would look like further mistakes."""
     differing = [index for index, one in enumerate(results) if one.passed is False and one.difference]
     for index in differing[1:]:
         results[index] = results[index]._replace(tried="", difference=None, problem=SAME)
 
 
 def _weigh(outcome: Outcome, seen: list[list[Seen]], seed: int | str) -> None:
-    """Add the weights in what failed, and what they say where no mistake is recognized."""
+    """Add the weights to the failed rows, and their explanation if no mistake is recognized."""
     question, everything = outcome.question, list[Weights | None]()
     for index, (each, cases) in enumerate(zip(question.properties, question.cases(seed), strict=True)):
         if each.parts is None or outcome.results[index].difference is None:
@@ -113,7 +113,7 @@ def _weigh(outcome: Outcome, seen: list[list[Seen]], seed: int | str) -> None:
         if found[0] and found[0].got:
             outcome.results[index] = outcome.results[index]._replace(weights=found[0])
         everything += found
-    # What is so in one case and not in another is a coincidence.
+    # A kind that differs between cases is a coincidence.
     kinds = {each and each.kind for each in everything}
     if len(kinds) == 1 and (first := everything[0]) and first.sentence and not outcome.mistake:
         outcome.said = f"{first.name}: {first.sentence}" if first.name else first.sentence
@@ -128,7 +128,7 @@ def _judged(each: Property, cases: list[Case], seen: list[Seen], expected: list[
         difference = each.judge(one.value, wanted)
         if difference and found is None:
             found = Result(each.name, each.points, False, tried, difference)
-        # A factor in one case and none in another is a coincidence, and would send the learner the wrong way.
+        # A factor in one case but not in another is a coincidence, and would mislead the learner.
         if found and found.difference and difference and not difference.relation.startswith("exactly"):
             relation = found.difference.relation
             kept = "" if relation.startswith("exactly") else relation
@@ -148,10 +148,10 @@ def _expected(question: Question, index: int, seed: int | str) -> list[Plain]:
 def _recognized(
     question: Question, seen: list[list[Seen]], passed: list[bool | None], seed: int | str
 ) -> tuple[Mistake | None, str]:
-    """Find the mistake that fails where the answer does, with the same values, or two that do so together.
+    """Return the mistake that fails where the answer fails, with the same values, or the first of two that do together.
 
-    A mistake is ruled out by anything that it gets wrong and the answer does not, or gets wrong in another way: a
-    sentence about something that the answer has right is worse than none.
+    A mistake is ruled out if it fails where the answer does not, or in another way: a message about something that the
+    answer does right is worse than none.
     """
     failed = {index for index, held in enumerate(passed) if held is False}
     explains: list[tuple[Mistake, set[int]]] = []
@@ -177,13 +177,13 @@ def _recognized(
 def _explained(
     question: Question, known: Mistake, seen: list[list[Seen]], passed: list[bool | None], seed: int | str
 ) -> set[int]:
-    """Return where a mistake fails as the answer does; nothing, if it fails anywhere in another way."""
+    """Return the properties in which a mistake fails like the answer; none if it fails anywhere in another way."""
     tried = [index for index, held in enumerate(passed) if held is not None]
     found = set()
-    for index in sorted(tried, key=lambda index: passed[index] is not False):  # most are ruled out by the first
+    for index in sorted(tried, key=lambda index: passed[index] is not False):  # the first rules out most mistakes
         each, theirs = question.properties[index], _seen_of(question, known, index, seed)
         same = passed[index] is False and _same(each, seen[index], theirs)
-        if same and each.by_value:  # then its verdict is the same too
+        if same and each.by_value:  # then the verdict is the same too
             found.add(index)
         elif _judged(each, _cases(question, index, seed), theirs, _expected(question, index, seed)).passed is False:
             if not same:

@@ -1,6 +1,6 @@
-"""What probes use: small models, windows of data, plain numbers, functions made from text; all in float64.
+"""Tools for probes: small models, windows of data, plain numbers, functions from text; all in float64.
 
-A probe may be run in a process that has no question files, only this one: what it needs is here or it imports it.
+A probe may run in a process that has this file but no question files: everything else it must import itself.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ Batch = tuple[Tensor, Tensor]
 
 
 def classifier(seed: int) -> nn.Sequential:
-    """Make a model that takes samples of 3 numbers to the logits of 3 classes."""
+    """Return a model from samples of 3 numbers to the logits of 3 classes."""
     torch.default_generator.manual_seed(seed)
     return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3)).double()
 
 
 def samples(sizes: Sequence[int], seed: int, scale: float = 1.0) -> list[Batch]:
-    """Draw micro-batches of these sizes: inputs of shape (size, 3) and this scale, targets of shape (size,).
+    """Return random micro-batches of these sizes: scaled inputs of shape (size, 3), targets of shape (size,).
 
     Example:
         >>> [inputs.shape[0] for inputs, targets in samples([4, 1, 3], seed=0)]
@@ -47,13 +47,13 @@ def samples(sizes: Sequence[int], seed: int, scale: float = 1.0) -> list[Batch]:
 
 
 def token_model(seed: int, vocabulary: int = 7, width: int = 4) -> nn.Sequential:
-    """Make the lesson's model on a few tokens."""
+    """Return the lesson's model with a small vocabulary."""
     torch.default_generator.manual_seed(seed)
     return embedding_linear(vocabulary, width).double()
 
 
 def joined(window: Sequence[Batch]) -> Batch:
-    """Join micro-batches into the one batch that they make together."""
+    """Concatenate micro-batches into one batch."""
     return torch.cat([inputs for inputs, _ in window]), torch.cat([targets for _, targets in window])
 
 
@@ -69,7 +69,7 @@ def weights(model: nn.Module) -> list[float]:
 
 
 def plain_number(value: object) -> object:
-    """Make a number of any kind plain, an int if it is whole; leave what is none, such as a text, for the card."""
+    """Convert a number of any type to int if it is integral, otherwise float; return other values unchanged."""
     if not hasattr(value, "__float__"):
         return value
     number = float(value)
@@ -77,14 +77,14 @@ def plain_number(value: object) -> object:
 
 
 def peak_beyond_start(run: Callable[[], object], *known: object) -> int:
-    """Return the most bytes held while `run` runs, beyond those of what is `known` at its start."""
+    """Return the peak memory of `run`, in bytes, beyond what is `known` at the start."""
     with measure_memory(*known) as memory:
         run()
     return memory.peak_bytes - memory.start_bytes
 
 
 def at_most(unit: str) -> Callable[[int, int], Difference | None]:
-    """Make the judge of an amount that must not be larger than expected."""
+    """Return a judge of an amount that must not be larger than expected."""
     return lambda got, limit: None if got <= limit else Difference(f"at most {limit:,} {unit}", f"{got:,} {unit}")
 
 
@@ -92,7 +92,7 @@ at_most_bytes = at_most("bytes beyond the start")
 
 
 def text_of(function: Callable[..., object]) -> str:
-    """Return a function's source, so that a case can hold it as plain data; `function_of` makes it one again.
+    """Return a function's source as plain data for a case; `function_of` is the inverse.
 
     Example:
         >>> function_of(text_of(classifier))(seed=1)[0].in_features
@@ -102,7 +102,7 @@ def text_of(function: Callable[..., object]) -> str:
 
 
 def function_of(text: str) -> Callable[..., Any]:
-    """Return the last function that a text defines; torch, nn and cross_entropy are there, and what is here."""
+    """Return the last function that a text defines; the text may use every name of this file."""
     names: dict[str, Any] = {}
     exec(compile(text, "<a step>", "exec"), dict(globals()), names)
     made: Callable[..., Any] = list(names.values())[-1]
@@ -110,7 +110,7 @@ def function_of(text: str) -> Callable[..., Any]:
 
 
 def update_with(fill: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a training step from what fills `.grad`; it returns what that returns."""
+    """Return a training step that calls `fill` to set `.grad`, and returns its result."""
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: Sequence[Batch]) -> Any:
         optimizer.zero_grad()
@@ -123,7 +123,7 @@ def update_with(fill: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def verdict(is_right: Callable[..., Any], text: str, does: str) -> bool:
-    """Return what a learner's test says of the step that a text fills; raise where it says neither True nor False."""
+    """Return a learner's verdict on the step that fills with `text`; raise if it is neither True nor False."""
     trying(f"a step that {does}", AssertionError="A test here answers: return False where you would assert.")
     found = is_right(update_with(function_of(text)))
     if isinstance(found, bool):
@@ -143,26 +143,26 @@ def _numbers(tensors: Sequence[Tensor]) -> list[float]:
 
 
 def token_batches(shapes: Sequence[Sequence[int]], seed: int) -> list[Batch]:
-    """Draw inputs and targets for `token_model`, both of shape (rows, length), for each shape."""
+    """Return random inputs and targets for `token_model`, both of shape (rows, length), for each shape."""
     draw = torch.Generator().manual_seed(seed)
     drawn = [torch.randint(7, (2, *shape), generator=draw) for shape in shapes]
     return [(inputs, targets) for inputs, targets in drawn]
 
 
 def optimizer_for(model: nn.Module, name: str) -> torch.optim.Optimizer:
-    """Make "SGD with momentum" or "Adam" for a model."""
+    """Return "SGD with momentum" or "Adam" for a model."""
     if name == "Adam":
         return torch.optim.Adam(model.parameters(), lr=0.02)
     return torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
 
 
 def moved(model: nn.Module, before: Sequence[float]) -> dict[str, list[float]]:
-    """Return by how much each weight is no longer what it was."""
+    """Return the change of each weight."""
     return {"weights moved by": [now - then for now, then in zip(weights(model), before, strict=True)]}
 
 
 def kind(value: object) -> str:
-    """Say what a value is, where a float is asked for: "a float", "a tensor", "nothing"."""
+    """Describe a value that should be a float: "a float", "a tensor", "nothing"."""
     if isinstance(value, Tensor):
         return "a tensor that holds its graph" if value.requires_grad else "a tensor"
     if isinstance(value, Real) and not isinstance(value, bool):
@@ -171,7 +171,7 @@ def kind(value: object) -> str:
 
 
 def number(value: Any) -> float | str:
-    """Return the number that an answer gave, in whatever form, and in words what it is where it is none.
+    """Return an answer's number as a float, or a description of the value if it is not a number.
 
     Example:
         >>> number(torch.tensor([2.0])), number("2.0"), number(None)
@@ -187,7 +187,7 @@ def number(value: Any) -> float | str:
 
 
 def run_of_windows(case: dict[str, Any]) -> tuple[nn.Module, torch.optim.Optimizer, list[list[Batch]]]:
-    """Make a case's model, its SGD and its windows of equal micro-batches."""
+    """Return a case's model, its SGD and its windows of equal micro-batches."""
     k, model = case["accumulation_steps"], classifier(case["seed"])
     micro_batches = samples([case["size"]] * k * case["windows"], case["seed"])
     windows = [micro_batches[i : i + k] for i in range(0, len(micro_batches), k)]
@@ -196,7 +196,7 @@ def run_of_windows(case: dict[str, Any]) -> tuple[nn.Module, torch.optim.Optimiz
 
 
 def run_of_batches(case: dict[str, Any]) -> tuple[nn.Module, torch.optim.Optimizer, list[Batch]]:
-    """Make a case's model, its SGD and its batches, of so many rows each."""
+    """Return a case's model, its SGD and its batches of the given numbers of rows."""
     model, rows = classifier(case["seed"]), case["rows"]
     batches = samples(rows if isinstance(rows, list) else [rows], case["seed"])
     batches += batches[:-1]  # as in a second epoch: an answer may not spoil its data
@@ -207,17 +207,17 @@ def run_of_batches(case: dict[str, Any]) -> tuple[nn.Module, torch.optim.Optimiz
 
 
 def stream(values: Sequence[Any], source: str) -> Iterable[Any]:
-    """Give values as the list that they are, or as a generator, which has no length and is read once."""
+    """Return values as a list, or as a generator, which has no length and can be read once."""
     return list(values) if source == "list" else (value for value in values)
 
 
 def trained(case: dict[str, Any], train: Callable[..., object]) -> dict[str, Any]:
-    """Return how often train(model, optimizer, micro_batches, k) updates, how far it takes the weights, and the path.
+    """Return the number of updates of train(model, optimizer, micro_batches, k), the weights' change, and the path.
 
-    That is, for each update, what it finds in .grad, and the weights that it leaves.
+    The path has, for each update, the gradient and the weights after it.
     """
     model, path = classifier(case["seed"]), list[list[list[float]]]()
-    # With momentum, no other learning rate makes up for a window's divisor.
+    # With momentum, no other learning rate compensates for a window's divisor.
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.5)
     optimizer.register_step_post_hook(lambda *_: path.append([gradient(model), weights(model)]))
     start = weights(model)
@@ -227,22 +227,22 @@ def trained(case: dict[str, Any], train: Callable[..., object]) -> dict[str, Any
 
 
 def used(number: int, train: Callable[..., object]) -> list[list[int]]:
-    """List the micro-batches, numbered from 1, whose gradients each update of train(model, optimizer, them) uses."""
+    """Return for each update of train(model, optimizer, micro_batches) the micro-batches, from 1, that it uses."""
     model, updates = nn.Linear(number, 3, bias=False, dtype=torch.float64), list[list[int]]()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
-    def note(*_: object) -> None:  # number i alone gives gradients to column i
+    def note(*_: object) -> None:  # only number i contributes to column i
         held = torch.zeros_like(model.weight) if model.weight.grad is None else model.weight.grad
         updates.append([column + 1 for column in range(number) if held[:, column].any()])
 
-    optimizer.register_step_post_hook(note)  # not before the step: a closure makes the gradients in it
+    optimizer.register_step_post_hook(note)  # not before the step: a closure computes gradients in it
     inputs, targets = torch.eye(number, dtype=torch.float64)[:, None], torch.arange(number).remainder(3)[:, None]
     train(model, optimizer, list(zip(inputs, targets, strict=True)))
     return updates
 
 
 def linear_model_and_windows(case: dict[str, Any]) -> tuple[nn.Module, list[list[Batch]]]:
-    """Make a case's model, in which nothing saturates, so that large inputs have long gradients, and its windows."""
+    """Return a case's model and windows; without saturation, so that large inputs have large gradients."""
     torch.default_generator.manual_seed(case["seed"])
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3)).double()
     windows = [samples([case["size"]] * length, case["seed"] + i) for i, length in enumerate(case["windows"])]
@@ -259,16 +259,16 @@ def shrink(model: nn.Module) -> None:
 
 
 def epoch_of_windows(case: dict[str, Any], answer: Callable[..., Any]) -> dict[str, Any]:
-    """Return what each step gets in an epoch of answer(model, optimizer, schedule, windows, max_norm), and its result.
+    """Return gradients, rates and losses of an epoch of answer(model, optimizer, schedule, windows, max_norm).
 
-    The weights change a little after each step, whatever the step did: a loss that is taken before or after its time is
-    another one, and at a rate of 0 a wrong gradient spoils nothing but itself.
+    The weights change a little after each step, whatever the step did: a loss computed too early or too late then
+    differs, and at a rate of 0 a wrong gradient affects only its own update.
     """
     model, windows = linear_model_and_windows(case)
     optimizer = torch.optim.SGD(model.parameters(), lr=case["lr"])
     gradients, rates = dict[str, list[float]](), list[float]()
 
-    def note(*_: object) -> None:  # after the step and not before it: a closure makes the gradients in the step
+    def note(*_: object) -> None:  # after the step, not before: a closure computes gradients in the step
         gradients[f"at update {len(rates) + 1} the gradient"] = gradient(model)
         rates.append(optimizer.param_groups[0]["lr"])
         shrink(model)
@@ -278,7 +278,7 @@ def epoch_of_windows(case: dict[str, Any], answer: Callable[..., Any]) -> dict[s
     numbers = found if isinstance(found, list) else []
     return {
         "gradients": gradients,
-        # The next rate too: it shows whether the schedule went on after the last update.
+        # The next rate too, which shows whether the schedule was stepped after the last update.
         "rates": {"learning rates": [*rates, optimizer.param_groups[0]["lr"]]},
         "losses": {"logged": [*map(plain_number, numbers)] or plain_number(found)},
         "graphs": ["graph" if getattr(each, "requires_grad", False) else "no graph" for each in numbers],
@@ -286,7 +286,7 @@ def epoch_of_windows(case: dict[str, Any], answer: Callable[..., Any]) -> dict[s
 
 
 def scheduled(answer: Callable[..., Any], model: nn.Module, optimizer: torch.optim.Optimizer, *more: object) -> Any:
-    """Call answer(model, optimizer, schedule, *more), and return what it gives, a generator's values as a list."""
+    """Return answer(model, optimizer, schedule, *more), with the values of a generator as a list."""
     found = answer(model, optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5), *more)
     return list(found) if hasattr(found, "__iter__") else found
 
@@ -295,7 +295,7 @@ def scheduled(answer: Callable[..., Any], model: nn.Module, optimizer: torch.opt
 
 
 def padded_text(counts: Sequence[Sequence[int]], seed: int, vocabulary: int = 7) -> list[Batch]:
-    """Draw micro-batches of padded text: in its rows so many targets count, and all others are ignored.
+    """Return random micro-batches of padded text, with the given counts of targets per row; others are ignored.
 
     Example:
         >>> [(targets != IGNORED).sum(dim=1).tolist() for inputs, targets in padded_text([[3, 1], [0]], seed=0)]
@@ -310,13 +310,13 @@ def padded_text(counts: Sequence[Sequence[int]], seed: int, vocabulary: int = 7)
             targets[row, 1 : count + 1] = torch.randint(vocabulary, (count,), generator=draw)
             if count:
                 targets[row, count] = 0  # a line's end, as in the lesson
-        order = torch.randperm(inputs.shape[1], generator=draw)  # ignored may be any place
+        order = torch.randperm(inputs.shape[1], generator=draw)  # any position may be ignored
         window.append((inputs[:, order], targets[:, order]))
     return window
 
 
 def target_count(*micro_batches: Batch) -> int:
-    """Count the targets that are not ignored."""
+    """Return the number of targets that are not ignored."""
     return sum(int(count_targets(each)) for each in micro_batches)
 
 
@@ -327,9 +327,9 @@ def token_loss(model: nn.Module, micro_batch: Batch, reduction: str = "sum") -> 
 
 
 def filled_with(losses: Callable[..., Iterable[Tensor]]) -> Callable[..., float]:
-    """Make of a generator of losses what fills `.grad`: a backward for each of them; it returns their sum."""
+    """Return a function that calls backward on each loss of a generator, and returns their sum."""
 
-    @wraps(losses)  # so that its text is that of the generator, under this decorator
+    @wraps(losses)  # so that its source is that of the generator, with this decorator
     def fill(model: nn.Module, micro_batches: Sequence[Batch]) -> float:
         total = 0.0
         for loss in losses(model, micro_batches):
@@ -341,7 +341,7 @@ def filled_with(losses: Callable[..., Iterable[Tensor]]) -> Callable[..., float]
 
 
 def returned_mean(value: object) -> object:
-    """Make a mean that was returned a float, and a word of nan: equal to another one, it can be recognized."""
+    """Convert a returned mean to a float, and nan to text, so that it compares equal to another nan."""
     if getattr(value, "requires_grad", False):
         return "a tensor with its graph"
     found = plain_number(value)
@@ -349,7 +349,7 @@ def returned_mean(value: object) -> object:
 
 
 def steep_model(seed: int, vocabulary: int = 7) -> nn.Sequential:
-    """Make a token model with large weights: its gradients are longer than 1, so that clipping them would show."""
+    """Return a token model with large weights, whose gradients have a norm above 1, so that clipping shows."""
     model = token_model(seed, vocabulary)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -358,7 +358,7 @@ def steep_model(seed: int, vocabulary: int = 7) -> nn.Sequential:
 
 
 def plain_sgd(model: nn.Module, momentum: float = 0.0) -> torch.optim.SGD:
-    """Make an optimizer for a step; with momentum no learning rate makes up for a wrong divisor."""
+    """Return an SGD; with momentum no learning rate compensates for a wrong divisor."""
     return torch.optim.SGD(model.parameters(), lr=1.0, momentum=momentum)
 
 
@@ -366,7 +366,7 @@ LOSSES = "weighted", "masked", "by_line", "decayed", "matched"
 
 
 def three_outputs(seed: int) -> nn.Module:
-    """Make the model of 5.5: it takes the last dimension of 4 to 3, and has weights for 3 classes."""
+    """Return the model of 5.5: it maps a last dimension of 4 to 3, and has weights for 3 classes."""
     torch.default_generator.manual_seed(seed)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     model.register_buffer("class_weights", torch.tensor([1.5, 2.5, 6.0]))
@@ -374,7 +374,7 @@ def three_outputs(seed: int) -> nn.Module:
 
 
 def rows_for(loss: str, counts: Sequence[Sequence[int]], seed: int) -> list[Batch]:
-    """Draw micro-batches for a loss of 5.5: in each row so many numbers of y count, where not all of them do.
+    """Return random micro-batches for a loss of 5.5, with the given counts in the rows of y, if not all count.
 
     Example:
         >>> [(x.shape, y.shape) for x, y in rows_for("by_line", [[3, 1], [2]], seed=0)]
@@ -394,12 +394,12 @@ def rows_for(loss: str, counts: Sequence[Sequence[int]], seed: int) -> list[Batc
 
 
 def accumulated(answer: Callable[..., Any], loss: str, model: nn.Module, window: Sequence[Batch]) -> dict[str, Any]:
-    """Return what `accumulate` makes of the pairs (sum, count) that an answer gives for the micro-batches of a loss."""
+    """Run `accumulate` with an answer's pairs (sum, count) for the micro-batches of a loss."""
     pairs = []
     for micro_batch in window:
         try:
             found = answer(loss, model, micro_batch)
-        except NotImplementedError:  # one loss after the other, perhaps
+        except NotImplementedError:  # the learner may write one loss after the other
             raise TypeError(f"{loss!r} is not written yet.") from None
         if not isinstance(found, tuple | list) or len(found) != 2:
             raise TypeError(f"A pair is asked for, and for {loss!r} came {'None' if found is None else 'no pair'}.")
@@ -409,7 +409,7 @@ def accumulated(answer: Callable[..., Any], loss: str, model: nn.Module, window:
 
 
 def kinds_of(answer: Callable[..., Any], model: nn.Module, windows: dict[str, Sequence[Batch]]) -> dict[str, str]:
-    """Say for each loss whether an answer gives None, something, or an error; raise where none of them is written."""
+    """Return for each loss whether an answer gives None, something, or an error; raise if none is written."""
     found, stubs = dict[str, str](), 0
     for loss, window in windows.items():
         try:
@@ -418,7 +418,7 @@ def kinds_of(answer: Callable[..., Any], model: nn.Module, windows: dict[str, Se
             stubs, found[loss] = stubs + 1, "not written"
             if stubs == len(windows):
                 raise
-        except Exception:  # its own property says which
+        except Exception:  # its own property reports it
             found[loss] = "an error"
     return found
 
@@ -428,7 +428,7 @@ def kinds_of(answer: Callable[..., Any], model: nn.Module, windows: dict[str, Se
 
 @contextmanager
 def in_float32() -> Iterator[None]:
-    """Let what is made in the block be float32, as in a notebook; checks make everything else in float64."""
+    """Make float32 the default dtype in the block, as in a notebook; checks otherwise use float64."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -438,7 +438,7 @@ def in_float32() -> Iterator[None]:
 
 
 def peak_of(peak: dict[str, int], samples: int) -> Callable[[int], int]:
-    """Make the function that 6.2 asks: in proportion to the samples, flat at first, then in whole steps."""
+    """Return the function that 6.2 calls: proportional to the samples, or flat at first, or in steps."""
     least, step = peak.get("flat up to", 0), peak.get("in steps of", 1)
 
     def asked(micro_batch: int) -> int:
@@ -450,7 +450,7 @@ def peak_of(peak: dict[str, int], samples: int) -> Callable[[int], int]:
 
 
 def deep_token_model(case: dict[str, Plain]) -> tuple[nn.Module, torch.optim.Optimizer, list[Batch]]:
-    """Make the lesson's model with more layers, its optimizer, and a window of k micro-batches."""
+    """Return the lesson's model with more layers, its optimizer, and a window of k micro-batches."""
     model = token_model(case["seed"], case["vocabulary"], width=8)
     for _ in range(case["layers"]):
         model.insert(1, nn.Sequential(nn.Linear(8, 8), nn.Tanh()).double())
@@ -460,9 +460,9 @@ def deep_token_model(case: dict[str, Plain]) -> tuple[nn.Module, torch.optim.Opt
 
 
 def kept_outside_torch(run: Callable[[], object], model: nn.Module) -> int:
-    """Return how many bytes more Python and NumPy hold at a later call of the model than at its first, at most.
+    """Return the largest growth of Python's and NumPy's memory from the model's first call to a later one, in bytes.
 
-    A memory meter follows tensors; what `run` keeps between two calls may be in lists and arrays too.
+    `measure_memory` tracks tensors; `run` may also keep lists and arrays between two calls.
     """
     held: list[int] = []
     hook = model.register_forward_pre_hook(lambda *_: held.append(tracemalloc.get_traced_memory()[0]))

@@ -1,7 +1,7 @@
-"""What is kept of a learner's checks over a restart: points, a date and a digest of the answer, in a file of theirs.
+"""Save a learner's points over a restart, with a date and a digest of the answer, in the learner's own file.
 
-The file is shown to the learner, nothing of it is sent, and no mark is read from it: points come from a check alone.
-Nothing is kept where GRADACCUM_PROGRESS is "off", outside of a notebook, and where a program runs the notebook.
+The learner can see the file. It is never sent, and grading does not read it: points come only from a check.
+Nothing is saved if GRADACCUM_PROGRESS is "off", outside of a notebook, or if a program runs the notebook.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from typing import Any, NamedTuple
 from IPython.core.getipython import get_ipython
 
 SWITCH = "GRADACCUM_PROGRESS"
-COPIES = ".copied.json"  # what make.py leaves in the folder of a learner's copies, whatever that is called
-FORMAT = 1  # of the file; one of a newer edition is left alone
-PATIENCE, STALE = 0.8, 10.0  # seconds: to wait for another notebook's turn, until a turn is one that nobody ends
+COPIES = ".copied.json"  # written by make.py into the folder of a learner's copies, whatever its name
+FORMAT = 1  # of the file; a file with another format is not changed
+PATIENCE, STALE = 0.8, 10.0  # seconds: to wait for another notebook's lock; after which a lock is stale
 HERE: Path | None = None
-with suppress(OSError):  # a folder that has been deleted
-    HERE = Path.cwd()  # a kernel starts in its notebook's folder; an answer may go elsewhere
+with suppress(OSError):  # the folder was deleted
+    HERE = Path.cwd()  # a kernel starts in its notebook's folder; an answer may change it
 
 
 class Kept(NamedTuple):
-    """What is kept of one exercise: the most points, of which day and which answer, and those of the last check."""
+    """The saved record of an exercise: the best points, their day and answer, and the points of the last check."""
 
     best: int
     on: str
@@ -40,21 +40,21 @@ class Kept(NamedTuple):
 
 
 KINDS = {"best": int, "on": str, "answer": str, "last": int}
-_session: dict[str, Kept] = {}  # since the notebook was started, whether or not there is a file
+_session: dict[str, Kept] = {}  # since the notebook was started, with or without a file
 _unwritten: set[str] = set()
 
 
 def is_on() -> bool:
-    """Tell whether anything is kept here: not outside of a notebook, nor where a grader or another program runs it."""
+    """Return whether points are saved: only in a notebook that is not run by a grader or another program."""
     shell = get_ipython()
     if shell is None or os.environ.get(SWITCH, "").strip().lower() == "off":
         return False
-    # nbclient has a kernel's history in memory, and so have nbconvert and nbgrader: no person types there.
+    # nbclient, nbconvert and nbgrader keep a kernel's history in memory: no person types there.
     return str(getattr(shell.history_manager, "hist_file", "")) != ":memory:"
 
 
 def place() -> Path | None:
-    """Return the file: in the folder of the learner's copies if the notebook is there, else in Jupyter's for data."""
+    """Return the file: in the folder of the learner's copies if the notebook is there, otherwise in Jupyter's data."""
     for folder in [HERE, *HERE.parents][:4] if HERE else []:
         if os.path.isfile(folder / COPIES):
             return folder / "progress.json"
@@ -66,7 +66,7 @@ def place() -> Path | None:
 
 
 def known() -> dict[str, Kept]:
-    """Return the best of each exercise, of this session or from the file, whichever is more."""
+    """Return the best record of each exercise, from this session or from the file."""
     found, path = dict(_session), place() if is_on() else None
     for name, entry in ((_read(path) if path else None) or {}).items():
         kept = _kept(entry)
@@ -76,7 +76,7 @@ def known() -> dict[str, Kept]:
 
 
 def keep(identifier: str, points: int, answer: object) -> None:
-    """Take down a check, silently where the file cannot be written; no points are no progress."""
+    """Save the points of a check, silently if the file cannot be written; 0 points are not saved."""
     if not points and identifier not in known():
         return
     new = Kept(points, date.today().isoformat(), digest(answer), points)
@@ -92,7 +92,7 @@ def keep(identifier: str, points: int, answer: object) -> None:
 
 
 def forget(identifier: str) -> Kept | None:
-    """Clear what is known of an exercise, here and in the file, and return it."""
+    """Delete the record of an exercise, here and in the file, and return it."""
     kept = known().get(identifier)
     _session.pop(identifier, None)
     _unwritten.discard(identifier)
@@ -102,7 +102,7 @@ def forget(identifier: str) -> Kept | None:
 
 
 def counted() -> str:
-    """Say in a sentence what a scorecard counts, and where it is kept."""
+    """Return a sentence that says what a scorecard counts, and where it is saved."""
     path = place() if is_on() else None
     if path is None:
         off = f" ({SWITCH} is off)" if os.environ.get(SWITCH) else ""
@@ -119,19 +119,19 @@ def counted() -> str:
 
 
 def digest(answer: object) -> str:
-    """Return eight digits that distinguish one version of an answer from another; "" where its source is not known.
+    """Return eight hexadecimal digits that identify a version of an answer; "" if its source is not known.
 
     Example:
         >>> len(digest(digest)), digest(len)
         (8, '')
     """
-    if type(answer) is not FunctionType:  # whatever else is called: asked for its code, it may do anything
+    if type(answer) is not FunctionType:  # reading the attributes of another object may run any code
         return ""
     code = answer.__code__
     try:
         lines = inspect.getblock(linecache.getlines(code.co_filename)[code.co_firstlineno - 1 :])
         return hashlib.sha256("".join(lines).encode()).hexdigest()[:8] if lines else ""
-    except Exception:  # a cell that was changed since, or is no text
+    except Exception:  # the cell was changed since, or is not text
         return ""
 
 
@@ -143,14 +143,14 @@ def _merged(old: Kept | None, new: Kept) -> Kept:
 
 
 def _kept(entry: object) -> Kept | None:
-    """Read one entry; None for what is no entry of ours."""
+    """Return one entry, None if it is not valid."""
     if isinstance(entry, dict) and all(type(entry.get(name)) is kind for name, kind in KINDS.items()):
         return Kept(*(entry[name] for name in KINDS))
     return None
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Return the file's entries: none where there is no file yet, None where the file is not ours to change."""
+    """Return the file's entries: an empty dict if there is no file, None if the file must not be changed."""
     try:
         found = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -162,7 +162,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _changed(change: Callable[[dict[str, Any]], object]) -> bool:
-    """Change the file's entries, alone and whole or not at all; return whether that was possible."""
+    """Change the file's entries, atomically and under a lock; return whether that was possible."""
     path = place() if is_on() else None
     if path is None:
         return False
@@ -185,14 +185,14 @@ def _changed(change: Callable[[dict[str, Any]], object]) -> bool:
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Wait until no other notebook changes the file; raise FileExistsError when that takes too long."""
+    """Lock the file against other notebooks; raise FileExistsError if that takes too long."""
     lock, until = path.with_name(f"{path.name}.lock"), time.monotonic() + PATIENCE
     while True:
         try:
             os.close(os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
             break
         except (FileExistsError, PermissionError) as error:
-            is_taken = isinstance(error, FileExistsError) or os.name == "nt"  # Windows: while it is being deleted
+            is_taken = isinstance(error, FileExistsError) or os.name == "nt"  # Windows: the lock is being deleted
             if not is_taken or time.monotonic() > until:
                 raise
         with suppress(OSError):
@@ -207,7 +207,7 @@ def _alone(path: Path) -> Iterator[None]:
 
 
 def _shown(path: Path) -> str:
-    """Name the file as a learner finds it, without their own name."""
+    """Return the path for display, without the user's name."""
     if os.path.isfile(path.with_name(COPIES)):
         return f"{path.parent.name}/{path.name}"
     home = os.path.expanduser("~")

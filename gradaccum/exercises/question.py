@@ -1,4 +1,4 @@
-"""What a question is made of: properties, each with a probe and an oracle, and the mistakes that it knows."""
+"""The parts of a question: properties, each with a probe and an oracle, and known mistakes."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ Case = dict[str, Plain]
 Answer = Callable[..., Any]
 
 FINISHED: tuple[Answer, ...] = (windows, accumulate, full_batch_gradient, plan_micro_batches, predict_memory)
-"""The module's finished functions, which an answer may not call unless its question says so."""
+"""The module's finished functions, which an answer may not call unless the question allows it."""
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """A wrong answer that is known, and the sentence that names it to the learner. It is called like the answer.
+    """A known wrong answer, and the message that names it to the learner. It is called like the answer.
 
     Attributes:
         answer: the wrong answer, as code.
-        sentence: what is wrong and what to do; true of every answer that fails in the same way.
+        sentence: what is wrong and what to do; it must be true of every answer that fails in the same way.
     """
 
     answer: Answer
@@ -38,7 +38,7 @@ class Mistake:
 
 
 def mistake(sentence: str) -> Callable[[Answer], Mistake]:
-    """Return the decorator that makes a wrong answer a known mistake.
+    """Return a decorator that turns a wrong answer into a known mistake.
 
     Example:
         >>> @mistake("The sum comes back; divide it by the number of items.")
@@ -51,7 +51,7 @@ def mistake(sentence: str) -> Callable[[Answer], Mistake]:
 
 
 def known_mistakes(names: Mapping[str, object]) -> dict[str, Mistake]:
-    """Return the mistakes among a file's names, in the order written; a dict of mistakes counts as its items.
+    """Return the mistakes among a file's names, in the order written, including those in dicts.
 
     Example:
         >>> list(known_mistakes({"summed": mistake("...")(sum), "more": {"largest": mistake("...")(max)}, "x": 1}))
@@ -66,21 +66,21 @@ def known_mistakes(names: Mapping[str, object]) -> dict[str, Mistake]:
 
 @dataclass(frozen=True)
 class Property:
-    """One thing that is true of every right answer, and carries points.
+    """A property of every right answer, worth some points.
 
     Attributes:
-        name: what is true, for the card: "unequal micro-batches give the full batch's gradient".
-        points: what it is worth. In a repair, 0 for what the given code has already: to break that costs all.
+        name: the property, for the card: "unequal micro-batches give the full batch's gradient".
+        points: its points. In a repair, 0 for what the given code already does: breaking that costs all points.
         cases: draws the data from a seeded generator, as plain data; the same in every process.
-        probe: runs the learner's function on one case, and returns plain data. It runs where its file cannot be
-            imported, so it uses `material` and what it imports itself, and nothing else of its file.
-        expected: the oracle: plain data from one case, the slow and obviously right way.
+        probe: runs the learner's function on one case, and returns plain data. It may run where its file cannot be
+            imported, so it uses only `material` and its own imports.
+        expected: the oracle: returns the expected plain data of a case, in a slow and simple way.
         tried: what was tried, for the card, with the case's fields: "micro-batches of {sizes} samples".
-        judge: compares the two; None where they agree.
-        after: the name of another property; this one counts only where that one holds too.
-        by_value: whether a mistake is recognized by what comes out here, or already by failing here (bytes).
-        parts: from one case and what the probe gave, the gradients in it and what each should be made of, in order:
-            where one of them is wrong, the card shows the weights that its micro-batches got.
+        judge: compares the two; returns None if they agree.
+        after: the name of another property; this one counts only if that one holds too.
+        by_value: whether a mistake is recognized by the value here, or only by failing here (bytes).
+        parts: takes a case and the probe's result, and returns its gradients and their correct composition, in
+            order: if one of them is wrong, the card shows the weights of its micro-batches.
     """
 
     name: str
@@ -97,14 +97,14 @@ class Property:
 
 @dataclass(frozen=True)
 class Question:
-    """A graded question. Its file gives title and properties; `exercises.find` adds what follows from the file.
+    """A graded question. Its file sets title and properties; `exercises.find` adds `id` and `mistakes`.
 
     Attributes:
-        title: as in the notebook's heading.
-        properties: what is asked of an answer.
+        title: the title in the notebook's heading.
+        properties: the properties that an answer must have.
         given: for "find the bug": the code that the learner starts from, itself a mistake.
         forbidden: finished functions of the module that the answer must not call.
-        id: lesson and number, "3.2", by the file's name.
+        id: lesson and number, such as "3.2", from the name of the file.
         mistakes: the known mistakes by name, in the order of the file.
     """
 
@@ -117,7 +117,7 @@ class Question:
 
     @property
     def points(self) -> int:
-        """The most that can be earned."""
+        """The points of all properties."""
         return sum(each.points for each in self.properties)
 
     def cases(self, seed: int | str) -> list[list[Case]]:

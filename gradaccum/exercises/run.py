@@ -1,4 +1,4 @@
-"""Run an answer, safely: it can raise, print, hang or meddle, and what probes note of it is plain data."""
+"""Run an answer safely: it may raise, print, hang or interfere, and the probes record plain data only."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch._dynamo  # an optimizer's first step imports it, which takes seconds: not while an answer is timed
+import torch._dynamo  # an optimizer's first step imports it, which takes seconds: not in an answer's time
 from IPython.utils.capture import capture_output
 from torch import Tensor, nn
 
@@ -29,48 +29,48 @@ from gradaccum.exercises.compare import Plain
 from gradaccum.exercises.question import Answer, Case, Property, Question
 
 SECONDS = 10.0
-"""How long an answer may take for one property."""
+"""The time limit of an answer for one property."""
 
 
-VALUES = " (values)"  # ends the name of what is too long to show
+VALUES = " (values)"  # suffix of names whose values are too long to show
 
 
 class Seen(NamedTuple):
-    """What a probe saw for one case: plain data, or what went wrong and how to say it."""
+    """The result of a probe for one case: plain data, or a problem and its text."""
 
     value: Plain = None
     problem: str = ""  # "not written", "finished", "too long", "stopped", or the exception
     text: str = ""
-    changed: str = ""  # what the answer changed that it was given, in a sentence
-    tried: str = ""  # where a case is many calls: in which of them it went wrong, for the card
+    changed: str = ""  # how the answer modified its arguments, in a sentence
+    tried: str = ""  # in a case of several calls, the call that failed, for the card
 
 
 class TimeUp(BaseException):
-    """No Exception, so that an answer's own `except Exception` does not swallow it."""
+    """The time limit is over. Not an Exception, so that an answer's own `except Exception` does not catch it."""
 
 
 class Told(Exception):
-    """What a probe raises to refuse what came back: its text is the card's sentence as it is."""
+    """Raised by a probe to reject a result, with the card's sentence as its text."""
 
 
 _trying: ContextVar[tuple[str, dict[str, str]]] = ContextVar("_trying", default=("", {}))
 
 
 def trying(what: str, **advice: str) -> None:
-    """Note, in a probe, which of its calls comes now, for the card, and what to add to an error of a kind."""
+    """Record, in a probe, the current call, for the card, and advice to add to errors by their type."""
     _trying.set((what, advice))
 
 
 @dataclass
 class Observed:
-    """What the probes saw: for each property a list of `Seen`, shorter than its cases once something went wrong."""
+    """The results of the probes: for each property a list of `Seen`, which ends at the first problem."""
 
     seen: list[list[Seen]]
     printed: str = ""
 
 
 def observe(question: Question, answer: Answer, seed: int | str = 0, seconds: float = SECONDS) -> Observed:
-    """Run an answer on every case of a question, in float64, and write down plain data; nothing is compared here."""
+    """Run an answer on every case of a question, in float64, and record plain data; nothing is compared here."""
     if not callable(answer):
         text = (
             f"{question.id} takes a function, but {shown(answer, 80)} was given: name the function without calling it."
@@ -94,7 +94,7 @@ def observe(question: Question, answer: Answer, seed: int | str = 0, seconds: fl
 def watch(
     each: Property, cases: list[Case], answer: Answer, forbidden: tuple[Answer, ...] = (), seconds: float = SECONDS
 ) -> list[Seen]:
-    """Run an answer on the cases of one property, up to the first that goes wrong; call it inside `quietly`."""
+    """Run an answer on the cases of one property, up to the first problem; call it inside `quietly`."""
     seen: list[Seen] = []
     codes = {finished.__code__: finished.__name__ for finished in forbidden}
     called: set[str] = set()
@@ -108,7 +108,7 @@ def watch(
     try:
         with at_most(seconds):
             for case in cases:
-                torch.default_generator.manual_seed(0)  # not torch.manual_seed, which asks each kind of device too
+                torch.default_generator.manual_seed(0)  # not torch.manual_seed, which also seeds every device
                 torch.set_grad_enabled(True)  # whatever the answer did in the case before
                 changed: list[str] = []
                 trying("")
@@ -140,10 +140,10 @@ def watch(
 
 @contextmanager
 def quietly() -> Iterator[Any]:
-    """Catch what an answer prints, shows and warns of; let what it makes be float64; leave no setting changed."""
+    """Capture an answer's output and warnings, set the default dtype to float64, and restore all settings."""
     dtype, gradients = torch.get_default_dtype(), torch.is_grad_enabled()
     torch.set_default_dtype(torch.float64)  # so that an answer's own zeros(()) does not round
-    gc.freeze()  # an answer's own gc.collect() would go through all of torch, 0.15 s a call
+    gc.freeze()  # so that an answer's gc.collect() does not scan all of torch, 0.15 s per call
     try:
         with (
             torch.random.fork_rng(devices=[]),
@@ -161,7 +161,7 @@ def quietly() -> Iterator[Any]:
 
 @contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Raise TimeUp in the block when the time is over, where the system can: not on Windows, not in a thread."""
+    """Raise TimeUp in the block after `seconds`, if possible: not on Windows, and not in a thread."""
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -170,7 +170,7 @@ def at_most(seconds: float) -> Iterator[None]:
         raise TimeUp
 
     before = signal.signal(signal.SIGALRM, ring)
-    # It rings again every second, in case the answer swallows the first with a bare `except:`.
+    # It fires again every second, in case a bare `except:` of the answer catches the first.
     signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield
@@ -183,7 +183,7 @@ def at_most(seconds: float) -> Iterator[None]:
 
 
 def _guarded(answer: Answer, changed: list[str]) -> Answer:
-    """Return the answer, but note what it changes of its arguments that is no weight and no gradient."""
+    """Wrap the answer to record what it modifies of its arguments, other than weights and gradients."""
     code = _code_of(answer)
     names = code.co_varnames[: code.co_argcount] if code else ()
 
@@ -192,7 +192,7 @@ def _guarded(answer: Answer, changed: list[str]) -> Answer:
         given = [*zip([*names, *map(str, range(len(names), len(args)))], args, strict=False), *kwargs.items()]
         before = _state(given)
         found = answer(*args, **kwargs)
-        if type(found) is types.GeneratorType:  # it has not begun yet
+        if type(found) is types.GeneratorType:  # its body has not run yet
             return _then(found, functools.partial(_note_changes, given, before, changed))
         _note_changes(given, before, changed)
         return found
@@ -218,13 +218,13 @@ def _note_changes(given: list[tuple[str, Any]], before: dict[str, Any], changed:
 def _code_of(answer: Answer) -> types.CodeType | None:
     try:
         code = getattr(answer, "__code__", None)
-    except Exception:  # whatever has the name may be a property that raises
+    except Exception:  # `__code__` may be a property that raises
         return None
     return code if isinstance(code, types.CodeType) else None
 
 
 def _state(given: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Describe what an answer was given: data by its values, models by everything but their weights and gradients."""
+    """Describe the arguments of an answer: data by value, models by everything except weights and gradients."""
     found: dict[str, Any] = {"gradients being recorded": torch.is_grad_enabled()}
     for name, value in given:
         _describe(f"`{name}`", value, found)
@@ -243,7 +243,7 @@ def _describe(name: str, value: object, found: dict[str, Any]) -> None:
     elif isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
         found[f"{name}.shape"] = list(value.shape)
         found[f"{name}.requires_grad"] = value.requires_grad
-        found[f"{name}{VALUES}"] = value.tolist()  # makes no tensor, which a memory meter would see
+        found[f"{name}{VALUES}"] = value.tolist()  # creates no tensor, which memory measurement would see
     elif isinstance(value, list | tuple):
         found[f"len of {name}"] = len(value)
         if set(map(type, value)) <= {int, float, str}:  # thousands, perhaps
@@ -263,8 +263,8 @@ _ITEMS: dict[type, Any] = {list: list.__iter__, tuple: tuple.__iter__}
 
 
 def plain(value: Any) -> Plain:
-    """Return what JSON can carry as exactly that: a subclass with methods of its own becomes what it is a kind of."""
-    given = type(value)  # isinstance would ask the value for its class
+    """Return plain JSON data: an instance of a subclass is converted to its base type."""
+    given = type(value)  # isinstance would read the value's `__class__`
     if given in (type(None), bool):
         return value
     for kind, exactly in _EXACTLY.items():
@@ -279,7 +279,7 @@ def plain(value: Any) -> Plain:
 
 
 def shown(value: object, most: int) -> str:
-    """Return a value's own text where it has one: an answer's `__repr__` may raise, and a check does not."""
+    """Return the repr of a value, or its type if `__repr__` raises: a check must not raise."""
     try:
         return f"{value!r:.{most}}"
     except (TimeUp, KeyboardInterrupt):
@@ -289,21 +289,21 @@ def shown(value: object, most: int) -> str:
 
 
 def _is_unchanged(answer: Answer, given: Answer) -> bool:
-    """Tell whether an answer is the given code, but for comments, layout and docstrings."""
+    """Return whether an answer is the given code, except for comments, layout and docstrings."""
 
     def essence(code: Any) -> tuple[Any, ...]:
         inner = [essence(each) if hasattr(each, "co_code") else each for each in code.co_consts]
         without_texts = [each for each in inner if not isinstance(each, str)]  # a docstring among them
         return code.co_code, code.co_names, code.co_varnames, repr(without_texts)
 
-    # Compiled by itself, as in a cell: beside a module's imports Python compiles some calls otherwise.
+    # Compiled alone, as in a cell: next to a module's imports Python compiles some calls differently.
     alone = compile(inspect.getsource(given), "", "exec").co_consts[0]
     code = _code_of(answer)
     return code is not None and essence(code) == essence(alone)
 
 
 def _learners_frames(error: BaseException, answer: Answer) -> tuple[list[tuple[int, str]], bool]:
-    """List the lines of the learner's own code that an error came through, and whether it was raised there."""
+    """Return the lines of the learner's code in a traceback, and whether the error was raised there."""
     code, found, here = _code_of(answer), [], False
     for frame, number in traceback.walk_tb(error.__traceback__):
         name = frame.f_code.co_filename
@@ -318,7 +318,7 @@ def _is_stub(error: BaseException, answer: Answer) -> bool:
 
 
 def _cut(line: str, most: int = 300) -> str:
-    """Cut a long line at the end of a sentence, or of a word."""
+    """Shorten a long line at the end of a sentence, or of a word."""
     if len(line) <= most:
         return line
     end = line[:most].rfind(". ") + 1

@@ -1,4 +1,4 @@
-"""The card to share: a picture of 1200 by 630 pixels, drawn here, of what was reached in the exercises."""
+"""The card to share: a picture of 1200 by 630 pixels with the points in the exercises."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from gradaccum.exercises.cards import Row, Scorecard
 from gradaccum.plots import COLOURS
 
 BLUE = COLOURS[0]
-PAPER, INK, QUIET = "#FAF9F6", "#1B1B1B", "#55585C"  # a ground of its own: it reads on a light and on a dark page
+PAPER, INK, QUIET = "#FAF9F6", "#1B1B1B", "#55585C"  # its own background, for light and dark pages
 
 
 def drawn(lesson: int | None, reached: Scorecard, about: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Draw the card: a bar for each exercise's points, an outline for those that there are.
+    """Draw the card: for each exercise a bar for the points, and an outline for the possible points.
 
     Args:
-        lesson: its number, or None for all exercises.
+        lesson: the number of the lesson, or None for all exercises.
         reached: the exercises with their points.
-        about: of each exercise its lesson's title, its difficulty from 1 to 5 and the sentence that it opens with.
+        about: for each exercise its lesson's title, its difficulty from 1 to 5 and its first sentence.
     """
     rows = reached.rows
     lessons = [row.question.id.partition(".")[0] for row in rows]
@@ -37,7 +37,7 @@ def drawn(lesson: int | None, reached: Scorecard, about: Mapping[str, Mapping[st
     day = max((row.kept.on for row in rows if row.kept and row.best), default=date.today().isoformat())[:10]
 
     figure = pyplot.figure(figsize=(12, 6.3), dpi=100, facecolor=PAPER)
-    pyplot.close(figure)  # a notebook shows it once: as the value of its cell
+    pyplot.close(figure)  # so that a notebook shows it once, as the value of its cell
     figure.add_artist(Rectangle((0, 0), 1, 1, fill=False, edgecolor=BLUE, linewidth=8, transform=figure.transFigure))
     _write(figure, 0.89, "gradaccum", 22, BLUE, bold=True)
     _write(figure, 0.89, day, 16, QUIET, x=0.95, ha="right")
@@ -53,7 +53,7 @@ def drawn(lesson: int | None, reached: Scorecard, about: Mapping[str, Mapping[st
         head = f"the hardest one solved, difficulty {about[hardest.id]['difficulty']} of 5"
         _write(figure, 0.335, head, 16, QUIET)
         _write(figure, 0.275, hardest.title, 20, INK, bold=True)
-        width = len(why) // -(-len(why) // 84) + 8  # lines about as long as each other
+        width = len(why) // -(-len(why) // 84) + 8  # lines of about the same length
         _write(figure, 0.235, fill(why, width), 17, INK, va="top")
         told = f" {head.capitalize()}: {hardest.title}. {why}"
     _write(figure, 0.07, "gradient accumulation in PyTorch, exercises that grade themselves", 14, QUIET)
@@ -67,7 +67,7 @@ def _write(figure: Figure, y: float, text: str, size: float, colour: str, bold: 
 
 
 def _bars(axis: Axes, rows: list[Row]) -> None:
-    """Draw each exercise as the lessons draw a weight: what there is as a bar, what there should be as an outline."""
+    """Draw each exercise as the lessons draw a weight: the points as a bar, the possible points as an outline."""
     places: dict[str, list[float]] = {}
     thin = 1.3 if len(rows) < 10 else 0.8
     for number, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""Tell when a check judges an older version of an answer: a cell that ends in an error leaves the one before."""
+"""Detect a check of an older version of an answer, whose newest cell ended in an error."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def note(answer: object) -> str:
     own = "".join(linecache.getlines(code.co_filename)).strip()
     here = max((number for number, cell in enumerate(run) if own and cell.strip() == own), default=len(run))
     last = max((number for number, cell in enumerate(raw) if re.search(rf"^def {name}\(", cell, re.M)), default=0)
-    # Whoever gives the name back to an older function knows that it is one.
+    # A learner who assigns the name to an older function knows that it is older.
     given_back = any(re.search(rf"^{name} *[=:]", cell, re.M) for cell in raw[last:])
     if here >= last or given_back or not _failed(run[last], name):
         return ""
@@ -31,7 +31,7 @@ def note(answer: object) -> str:
 
 
 def _failed(cell: str, name: str) -> bool:
-    """Tell whether a cell cannot be compiled or, as the function is not from it, did not come to its definition."""
+    """Return whether a cell does not compile or, since the function is not from it, failed before its definition."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

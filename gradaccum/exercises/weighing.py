@@ -1,4 +1,4 @@
-"""Which weight each micro-batch got in a wrong gradient, and which it should have got: solved for, as an audit does."""
+"""Solve a wrong gradient for the weights of its micro-batches, as an audit does, and compare with the right ones."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ NO_WEIGHTED_SUM = (
     "of this gradient is no weighted sum of the micro-batches' gradients: is it of another loss or an earlier window, "
     "did the model change inside this one, or was a part of the gradient changed by itself?"
 )
-# The audit's sentences that are true of any code with such weights. The others guess at the code, which a learner has
-# before their eyes: as questions.
+# The audit's sentences in TRUE are true of any code with such weights. The others guess at the code, which the learner
+# can see: they are asked as questions.
 TRUE = ("not divided", "a partial window over k", "each mean over k")
 ASKED = {
     "only the last micro-batch": "Only the last micro-batch is in it: are the gradients cleared inside the window, or "
@@ -33,16 +33,16 @@ ASKED = {
 
 @dataclass(frozen=True)
 class Gradient:
-    """One gradient that an answer made, and what it should be made of; micro-batches go by their number, from 1.
+    """A gradient that an answer computed, and its correct composition; micro-batches are numbered from 1.
 
     Attributes:
-        held: the gradient, whatever it is; where `means` is None, the weights themselves.
+        held: the gradient, as plain data; if `means` is None, the weights themselves.
         means: the gradient of each micro-batch's own mean loss, at the same parameters, in the same order.
-        right: the weights that they should have; those that are not in it, none.
-        counts: the items in each; empty where a weight is no share of them, and an audit has nothing to say.
-        steps: k, the accumulation steps that were asked for.
+        right: the right weight of each micro-batch that belongs in it.
+        counts: the number of items in each; empty if weights are not shares of items, and an audit does not apply.
+        steps: k, the accumulation steps asked for.
         name: where it is, to begin a sentence: "In update 2".
-        unit: what each of them is called.
+        unit: the name of a micro-batch.
     """
 
     held: Plain
@@ -55,7 +55,7 @@ class Gradient:
 
 
 class Weights(NamedTuple):
-    """What was found of a gradient that is not right; without weights where it is no weighted sum."""
+    """The weights in a wrong gradient; empty if it is not a weighted sum."""
 
     name: str
     numbers: list[int]
@@ -63,11 +63,11 @@ class Weights(NamedTuple):
     right: Numbers
     kind: str
     sentence: str
-    whole: bool = True  # whether these are all micro-batches that there are
+    whole: bool = True  # whether these are all micro-batches
     unit: str = "micro-batch"
 
     def __str__(self) -> str:
-        """Say what each got and what it should have."""
+        """Return the weights and the right weights in a sentence."""
         several = "es" if self.unit.endswith("h") else "s"
         who = f"{self.unit}{several if len(self.numbers) > 1 else ''}"
         who = f"the {who}" if self.whole else f"{who} {_ranges(self.numbers)}"
@@ -79,7 +79,7 @@ class Weights(NamedTuple):
 def own_gradients(
     model: nn.Module, micro_batches: Mapping[int, Any], loss: Callable[..., Tensor] | None = None
 ) -> dict[int, Numbers]:
-    """Return the gradient of each micro-batch's own loss, its mean cross-entropy if none is given, each by itself."""
+    """Return the gradient of each micro-batch's own loss, by default its mean cross-entropy."""
     parameters, found = list(model.parameters()), {}
     for number, micro_batch in micro_batches.items():
         inputs, targets = micro_batch
@@ -90,7 +90,7 @@ def own_gradients(
 
 
 def scaled(factor: float, values: Plain) -> Numbers | None:
-    """Return a vector that an answer gave, times a factor; None if it is no vector of finite numbers.
+    """Return an answer's vector times a factor; None if it is not a vector of finite numbers.
 
     Example:
         >>> scaled(-2, [1, 0.5]), scaled(1, [1, "a"]), scaled(1, float("nan"))
@@ -98,13 +98,13 @@ def scaled(factor: float, values: Plain) -> Numbers | None:
     """
     if not isinstance(values, list) or not values:
         return None
-    if not all(isinstance(each, int | float) and abs(each) < 1e100 for each in values):  # nan is not less
+    if not all(isinstance(each, int | float) and abs(each) < 1e100 for each in values):  # False for nan
         return None
     return [float(factor * each) for each in values]
 
 
 def weigh(gradients: Iterable[Gradient]) -> Weights | None:
-    """Return the weights in the first of these gradients that has not the right ones, if that can be determined.
+    """Return the weights in the first of these gradients that is wrong; None if they cannot be determined.
 
     Example:
         >>> means = {1: [1.0, 0.0, 2.0], 2: [0.0, 1.0, 1.0]}
@@ -148,7 +148,7 @@ def weigh(gradients: Iterable[Gradient]) -> Weights | None:
 
 
 def _solved(held: Numbers, columns: Sequence[Numbers]) -> tuple[Numbers, float] | None:
-    """Return the weights, none where they are not unique, and the share that is no weighted sum."""
+    """Return the weights, an empty list if they are not unique, and the residual's share."""
     if not columns or len(held) != len(columns[0]) or len(held) <= len(columns):
         return None
     matrix, vector = torch.tensor(columns, dtype=torch.float64).T, torch.tensor(held, dtype=torch.float64)
@@ -166,7 +166,7 @@ def _solved(held: Numbers, columns: Sequence[Numbers]) -> tuple[Numbers, float] 
 
 
 def _kind(gradient: Gradient, got: Mapping[int, float]) -> tuple[str, str]:
-    """Return the audit's kind of these weights, and its sentence where that is true of any code that gives them."""
+    """Return the audit's kind of these weights, and its sentence if that is true of any code with them."""
     if not gradient.counts:
         return "", ""
     inside = list(gradient.right)
@@ -181,7 +181,7 @@ def _kind(gradient: Gradient, got: Mapping[int, float]) -> tuple[str, str]:
 
 
 def _as_if(factor: float, counts: Sequence[int]) -> tuple[str, str]:
-    """Say which whole divisor gives this factor: of the means, if all count the same, or of the sums."""
+    """Return which integer divisor explains this factor: of the means, if all counts are equal, or of the sums."""
     whole = [("each sum", sum(counts), "items count")]
     if len(set(counts)) == 1:
         whole.insert(0, ("each mean", len(counts), "micro-batches are in the window"))
@@ -193,7 +193,7 @@ def _as_if(factor: float, counts: Sequence[int]) -> tuple[str, str]:
 
 
 def _written(*lists: Numbers) -> list[str]:
-    """Write lists of weights to be compared: as fractions where all are simple, else with digits that tell them apart.
+    """Format lists of weights for comparison: as fractions if all are simple, otherwise with enough digits to differ.
 
     Example:
         >>> _written([1.0, 0.5], [1 / 3, 1 / 3]), _written([0.2007, 0.4], [0.2, 0.4])

@@ -1,4 +1,4 @@
-"""What a training step holds in memory: measured to the byte, predicted for a device, planned for a budget."""
+"""The memory of a training step: measured to the byte, predicted for a device, planned for a budget."""
 
 from gradaccum.memory.follow import ROLES, Held
 from gradaccum.memory.measure import MemoryReport, measure_memory

@@ -1,4 +1,4 @@
-"""What CUDA's caching allocator reserves for a sequence of allocations and releases."""
+"""A model of CUDA's caching allocator: the memory it reserves for a sequence of allocations and releases."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Final
 
 import torch
 
-# c10/core/AllocatorConfig.h: the names are torch's.
+# The names are those in c10/core/AllocatorConfig.h.
 MIN_BLOCK_SIZE: Final = 512
-SMALL_SIZE: Final = 2**20  # up to here a block comes from a segment of SMALL_BUFFER
+SMALL_SIZE: Final = 2**20  # up to this size, from a segment of SMALL_BUFFER
 SMALL_BUFFER: Final = 2 * 2**20
-MIN_LARGE_ALLOC: Final = 10 * 2**20  # below, from a segment of LARGE_BUFFER; from here on, from one of its own
+MIN_LARGE_ALLOC: Final = 10 * 2**20  # below, from a segment of LARGE_BUFFER; otherwise from its own segment
 LARGE_BUFFER: Final = 20 * 2**20
 ROUND_LARGE: Final = 2 * 2**20
 
@@ -20,13 +20,13 @@ ROUND_LARGE: Final = 2 * 2**20
 class CachingAllocator:
     """A model of torch's caching allocator on one stream (c10/cuda/CUDACachingAllocator.cpp).
 
-    Sizes are rounded up to 512 bytes. A request takes the smallest free block that is large enough, and what is left
-    of it is split off; else a new segment is reserved. A released block is joined with free neighbours and kept.
-    Segments are never given back, as on a device that does not run out. Not modelled: several streams, graphs,
+    Sizes are rounded up to 512 bytes. A request takes the smallest free block that is large enough, and the rest is
+    split off; otherwise a new segment is reserved. A released block is merged with free neighbours and kept. Segments
+    are never released, as on a device that does not run out of memory. Not modelled: several streams, graphs,
     `expandable_segments`, `max_split_size_mb` and the other settings of `PYTORCH_CUDA_ALLOC_CONF`.
 
     Attributes:
-        reserved_bytes: the segments, which is what `torch.cuda.memory_reserved()` says.
+        reserved_bytes: the size of all segments, as `torch.cuda.memory_reserved()` returns it.
 
     Example:
         >>> allocator = CachingAllocator()
@@ -37,7 +37,7 @@ class CachingAllocator:
 
     def __init__(self) -> None:
         self.reserved_bytes = 0
-        self._sizes: dict[int, int] = {}  # of every block, free or not, by its address
+        self._sizes: dict[int, int] = {}  # of every block, free or not, by address
         self._segments: dict[int, int] = {}  # the address of each block's segment
         self._free: dict[bool, list[tuple[int, int]]] = {True: [], False: []}  # (size, address); small segments, large
         self._pools: dict[int, bool] = {}  # whether a segment is a small one
@@ -46,7 +46,7 @@ class CachingAllocator:
         self._held: dict[int, tuple[weakref.ref[torch.UntypedStorage], int, int]] = {}
 
     def hold(self, storage: torch.UntypedStorage) -> None:
-        """Allocate for a storage, unless that was done, and release when it is free."""
+        """Allocate for a storage, unless already done; release when the storage is freed."""
         key, nbytes = id(storage), storage.nbytes()
         known = self._held.get(key)
         if known and known[0]() is storage:
@@ -57,7 +57,7 @@ class CachingAllocator:
         self._held[key] = weakref.ref(storage, lambda _: self._drop(key, block)), block, nbytes
 
     def allocate(self, nbytes: int) -> int:
-        """Find a block for so many bytes and return its address."""
+        """Allocate a block of `nbytes` and return its address."""
         size = max(1, -(-nbytes // MIN_BLOCK_SIZE)) * MIN_BLOCK_SIZE
         is_small = size <= SMALL_SIZE
         free = self._free[is_small]
@@ -75,7 +75,7 @@ class CachingAllocator:
         return address
 
     def release(self, address: int) -> None:
-        """Give a block back, joined with the free blocks before and after it."""
+        """Release a block, and merge it with the free blocks before and after it."""
         segment = self._segments[address]
         after = address + self._sizes[address]
         if self._segments.get(after) == segment and after in self._unused:
@@ -88,7 +88,7 @@ class CachingAllocator:
         self._release(address)
 
     def size_of(self, address: int) -> int:
-        """Return the size of a block, which may be larger than what was asked for."""
+        """Return the size of a block, which may be larger than requested."""
         return self._sizes[address]
 
     def _reserve(self, size: int, is_small: bool) -> int:
@@ -115,7 +115,7 @@ class CachingAllocator:
         self._unused.discard(address)
 
     def _join(self, address: int, after: int) -> None:
-        """Make one block of two, the second of which may be free."""
+        """Merge two blocks; the second may be free."""
         if after in self._unused:
             self._take(after)
         self._sizes[address] += self._sizes.pop(after)
@@ -126,6 +126,6 @@ class CachingAllocator:
             self._before[following] = address
 
     def _drop(self, key: int, block: int) -> None:
-        if key in self._held and self._held[key][1] == block:  # else it was resized, and another block is its
+        if key in self._held and self._held[key][1] == block:  # otherwise it was resized, and has another block
             del self._held[key]
             self.release(block)

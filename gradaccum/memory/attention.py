@@ -1,4 +1,4 @@
-"""What scaled dot-product attention holds on CUDA, where its kernels are others than on a CPU."""
+"""The memory of scaled dot-product attention on CUDA, whose kernels differ from those on a CPU."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Hold what `scaled_dot_product_attention` holds on CUDA, without data; shapes as there.
+    """Allocate what `scaled_dot_product_attention` allocates on CUDA, on tensors without data, with the same shapes.
 
-    The choice among the kernels is torch's (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp): FlashAttention for
-    16 bits without a mask, the memory-efficient one for other cases, plain operations for what neither takes. The
-    first two hold their inputs, the output and a float32 logsumexp, and never the scores, dropout or not.
+    The kernel is chosen as in torch (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp): FlashAttention for 16 bits
+    without a mask, the memory-efficient kernel for other cases, plain operations if neither is possible. The first two
+    keep their inputs, the output and a float32 logsumexp, never the scores, with or without dropout.
 
     Example:
         >>> query = torch.empty(2, 4, 64, 16, device="meta")
         >>> attention(query, query, query, dropout_p=0.1).shape
         torch.Size([2, 4, 64, 16])
     """
-    if torch.is_autocast_enabled("cpu"):  # which a prediction for CUDA uses in the place of CUDA's
+    if torch.is_autocast_enabled("cpu"):  # which a prediction uses for CUDA's
         low = torch.get_autocast_dtype("cpu")
         query, key, value = (each.to(low) if each.dtype == torch.float32 else each for each in (query, key, value))
         if attn_mask is not None and attn_mask.dtype == torch.float32:
@@ -45,7 +45,7 @@ def attention(
     if kernel == "plain":
         return _plain(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     if kernel == "efficient" and attn_mask is not None:
-        if attn_mask.shape[-1] % 8:  # its rows have to be aligned
+        if attn_mask.shape[-1] % 8:  # its rows must be aligned
             whole = functional.pad(attn_mask, (0, -attn_mask.shape[-1] % 8))
             attn_mask = whole[..., : attn_mask.shape[-1]]
         attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
@@ -74,7 +74,7 @@ def _kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> s
 def _plain(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool, gqa: bool
 ) -> Tensor:
-    """Hold what torch's own formula holds: the scores, in float32 for 16 bits."""
+    """Allocate what torch's plain formula allocates: the scores, in float32 for 16 bits."""
     dtype = query.dtype
     cuda: Any = torch.backends.cuda
     if dtype in (torch.float16, torch.bfloat16) and not cuda.fp16_bf16_reduction_math_sdp_allowed():
@@ -98,11 +98,11 @@ def _plain(
 
 
 class _Fused(torch.autograd.Function):
-    """The two fused kernels: what they allocate, under torch's names (aten/.../cuda/attention{,_backward}.cu)."""
+    """The allocations of the two fused kernels, with torch's names (aten/.../cuda/attention{,_backward}.cu)."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, flash: bool) -> Tensor:
-        """Allocate the output, laid out as the kernel does, and the logsumexp."""
+        """Allocate the output, in the kernel's layout, and the logsumexp."""
         batch, heads, rows, _ = query.shape
         is_trained = any(ctx.needs_input_grad)
         if flash:  # has the query's layout
@@ -118,7 +118,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Allocate the gradients, and what the kernels add up in."""
+        """Allocate the gradients and the kernels' accumulators."""
         query, key, value, mask, out, _ = ctx.saved_tensors
         batch, heads, rows, width = query.shape
         copies = [each.transpose(1, 2).contiguous() for each in (grad, out)] if ctx.flash else [grad]
@@ -129,7 +129,7 @@ class _Fused(torch.autograd.Function):
         if ctx.flash:
             wide = -(-width // 32) * 32
             held.append(query.new_empty((batch, -(-rows // 128) * 128, heads, wide), dtype=torch.float32))
-            if key.shape[1] != heads:  # a gradient for each query head first, then their sums
+            if key.shape[1] != heads:  # first a gradient per query head, then their sums
                 shape = batch, key.shape[2], heads, width
                 held += [key.new_empty(shape), value.new_empty(shape)]
         of_mask = None

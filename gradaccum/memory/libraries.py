@@ -1,4 +1,4 @@
-"""What libraries hold on CUDA beside the tensors, and what torch tells wrongly of tensors without data."""
+"""The memory of libraries on CUDA, and corrections of torch's shapes for tensors without data."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _MATMULS: Final = {
 
 
 class Workspaces:
-    """What cuBLAS holds on CUDA: a block for each thread that multiplies matrices, from the first time on.
+    """The workspaces of cuBLAS on CUDA: a block per thread, from its first matrix product on.
 
-    torch's default for devices before Hopper, (2 x 4,096 + 8 x 16) KiB (`parseChosenWorkspaceSize` in
-    aten/src/ATen/cuda/CublasHandlePool.cpp); Hopper's is said to be 32 MiB, which no figure at hand confirms.
+    The size is torch's default for devices before Hopper, (2 x 4,096 + 8 x 16) KiB (`parseChosenWorkspaceSize` in
+    aten/src/ATen/cuda/CublasHandlePool.cpp); Hopper's is said to be 32 MiB, which has not been verified here.
     """
 
     def __init__(self, device: str) -> None:
@@ -27,10 +27,10 @@ class Workspaces:
         self.held: dict[str, Tensor] = {}
 
     def made_for(self, func: Any) -> Tensor | None:
-        """Return the block that an operation makes torch allocate, if it does."""
+        """Return the workspace that torch allocates for an operation, None if it allocates none."""
         if func.overloadpacket not in _MATMULS or not self._is_counted:
             return None
-        # Private: nothing public tells whether a backward is running. On CUDA it has a thread of its own.
+        # Private: there is no public way to know whether a backward is running. On CUDA it has its own thread.
         thread = "forward" if torch._C._current_graph_task_id() == -1 else "backward"
         if thread in self.held:
             return None
@@ -41,7 +41,7 @@ class Workspaces:
 def grouped_mm(
     a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Make what `aten._grouped_mm` makes, whose shapes torch itself tells for bfloat16 alone.
+    """Return an empty result of `aten._grouped_mm`, whose shapes torch computes only for bfloat16.
 
     Rows begin at multiples of 16 bytes (`create_grouped_gemm_output_tensor` in ATen/native/GroupedMMUtils.h).
 
@@ -60,7 +60,7 @@ def grouped_mm(
 
 
 def batch_norm(x: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    """Keep mean and deviation of 16 bits in float32, as kernels do; torch says 16 bits where the weight has 32.
+    """Run batch norm, with mean and deviation of 16-bit inputs in float32 as in the kernels; torch reports 16 bits.
 
     Example:
         >>> x, weight, mean = torch.zeros(2, 3, dtype=torch.bfloat16), torch.ones(3), torch.zeros(3)
@@ -76,7 +76,7 @@ CORRECTED: Final = {_aten._grouped_mm.default: grouped_mm, _aten.native_batch_no
 
 
 def refuse_quantized(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse an optimizer with a state of 4 or 8 bits by its name: its own kernels make it, out of sight.
+    """Raise NotImplementedError for an optimizer, by name, with a 4-bit or 8-bit state from its own kernels.
 
     Example:
         >>> refuse_quantized(torch.optim.AdamW([torch.zeros(2)]))

@@ -1,4 +1,4 @@
-"""What a step holds in memory, by role: to the byte on a CPU, by the device's own counters on an accelerator."""
+"""Measure the memory of a step, by role: to the byte on a CPU, with the device's own counters on an accelerator."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from gradaccum.memory.follow import CPU, Following, Held, storages_on
 
 
 class MemoryReport:
-    """What a block of code held in memory; filled when the block ends, by an exception too.
+    """The memory use of a block of code; filled when the block ends, also by an exception.
 
     Attributes:
-        peak_bytes: the most bytes held at one moment: on a CPU of what is followed, on an accelerator what the
-            device counted, which is all that this process has there, known or not.
-        start_bytes: the bytes held when the block began: on a CPU those of what was given to `measure_memory`, on
-            an accelerator all that the device counted.
-        end_bytes: the bytes held when the block ended, by the same count.
-        reserved_bytes: the most that the device's allocator held back at one moment, in use or not; None on a CPU
-            and where the allocator does not tell. In a prediction for "cuda", what a model of its caching allocator
-            reserves for what is followed, up to the update's end.
-        followed_bytes: the most bytes held at one moment of what is followed. On a CPU it is `peak_bytes`; on an
-            accelerator, as the rest below, only with `roles=True`, and it leaves out what was not given, the
-            rounding of the allocator and the workspaces of libraries.
-        at_peak: the bytes of each role at the (first) moment of that; they add up to `followed_bytes`. All of
-            `ROLES` are there, in that order, those that held nothing with 0.
-        largest: the ten largest storages held at that moment (fewer where fewer were held), as `Held`, the
+        peak_bytes: the peak of the memory in use: on a CPU, of the tracked storages; on an accelerator, as counted by
+            the device, which includes everything that this process has allocated there.
+        start_bytes: the bytes in use when the block began: on a CPU, of what was given to `measure_memory`; on an
+            accelerator, as counted by the device.
+        end_bytes: the bytes in use when the block ended, counted in the same way.
+        reserved_bytes: the peak of the memory that the device's allocator reserved, in use or not; None on a CPU and
+            if the allocator does not report it. In a prediction for "cuda", what a model of the caching allocator
+            reserves for the tracked storages until the end of the update.
+        followed_bytes: the peak of the tracked storages. On a CPU it equals `peak_bytes`. On an accelerator it is
+            available, like the attributes below, only with `roles=True`; it does not include tensors that were not
+            given, the rounding of the allocator, and the workspaces of libraries.
+        at_peak: the bytes of each role at the (first) moment of that peak; they add up to `followed_bytes`. It has all
+            of `ROLES`, in that order, also those with 0 bytes.
+        largest: the ten largest storages at that moment (or fewer, if there were fewer), as `Held`, the
             largest first.
-        timeline: with `timeline=True` only: the bytes of each role when the block began and then after each
-            storage that was made or became free (one that is resized becomes free and is made again), by the
-            role that it had in the end. The largest sum over the roles is `followed_bytes`.
+        timeline: only with `timeline=True`: the bytes of each role when the block began and after each allocation
+            and release of a storage (a resized storage is released and allocated again), by the final role of the
+            storage. The largest sum over the roles is `followed_bytes`.
 
     Raises:
-        AttributeError: one of them is read before the block has ended, or was not asked for.
+        AttributeError: an attribute is read before the block has ended, or was not requested.
 
     Example:
         >>> batch = torch.zeros(1000)
@@ -81,52 +81,52 @@ class MemoryReport:
 
 
 class measure_memory(Following):  # type: ignore[no-untyped-call]
-    """Measure what a block of code holds in memory, on the CPU to the byte and as what.
+    """Measure the memory that a block of code uses, on a CPU to the byte and by role.
 
-    On a CPU every tensor storage is followed from the operation that makes it until it is free. A storage counts
-    once however many tensors view it, and whole however small the views are. `known` are the model, the optimizer
-    and the batch: modules (parameters, buffers and the gradients they have), optimizers (the state they have),
-    tensors, and lists, tuples and dicts of these. They are held at the start, and are not kept alive.
+    On a CPU every tensor storage is tracked from allocation to release. A storage counts once, however many tensors
+    view it, and with its full size, however small the views are. `known` is the model, the optimizer and the batch:
+    modules (with their parameters, buffers and gradients), optimizers (with their state), tensors, and lists, tuples
+    and dicts of these. They count from the start, and are not kept alive.
 
-    On an accelerator (CUDA, XPU, MPS where torch can count there) the device's own counters are read, by
-    `torch.accelerator`, synchronized. **This resets the device's peak counter**; one `measure_memory` may be in
-    another's block, but the block should not reset it. With `roles=True` the tensors on that device are followed
-    as well, those on the host and on other devices are not. This part has been tested with a stand-in for the
-    device's counters and has not been run on a device yet.
+    On an accelerator (CUDA, XPU, MPS if torch counts its memory) it reads the device's own counters through
+    `torch.accelerator`, synchronized. **This resets the device's peak counter**. `measure_memory` blocks can be
+    nested, but other code in the block should not reset the counter. With `roles=True` the tensors on that device are
+    tracked as well, but not those on the host or on other devices. This part has been tested with a stand-in for the
+    device's counters, and not yet on a device.
 
-    The roles (`ROLES`): "parameters" (buffers too), "gradients" (whatever became a known parameter's `.grad`),
-    "optimizer state", "inputs" (known tensors), "activations" (all else made outside of backward and of
-    `step()`), "backward temporaries" (made in backward, what checkpointing computes again included),
-    "optimizer temporaries" (made in a known optimizer's `step()`).
+    The roles (`ROLES`): "parameters" (including buffers), "gradients" (the `.grad` of a known parameter),
+    "optimizer state", "inputs" (known tensors), "activations" (everything else allocated outside of backward and
+    `step()`), "backward temporaries" (allocated in backward, including what checkpointing recomputes),
+    "optimizer temporaries" (allocated in a known optimizer's `step()`).
 
-    Under `fully_shard` the gradients that were not sent yet, which no parameter's `.grad` has, are gradients too.
+    Under `fully_shard`, unsent gradients, which are not in any parameter's `.grad`, count as gradients too.
 
-    Not followed: storages made before the block and not given; memory within a kernel (an LSTM, or bfloat16 on
-    the CPU, may hold some); memory that NumPy owns; tensors made in other threads or processes; the buckets of
-    DistributedDataParallel, the gradients once more (or, as views, the only time), made when it is. Do not
-    compile the code of a block that is followed: under `torch.compile` one would measure a run that is not
-    compiled. (The device's own counters see compiled code as it is.)
+    Not tracked: storages allocated before the block and not given; memory inside a kernel (an LSTM, or bfloat16 on
+    the CPU, may use some); memory owned by NumPy; tensors created in other threads or processes; the buckets of
+    DistributedDataParallel, allocated when it is created (a second copy of the gradients or, as views, the only one).
+    Do not compile tracked code: under `torch.compile` the measured run would not be compiled. (The device's own
+    counters do measure compiled code.)
 
     Args:
-        known: what is held at the start; in a list, tuple or dict, numbers, strings and None are passed over.
-        device: where to measure, such as "cpu" or "cuda"; None: where the known modules and tensors are, or the
-            CPU if there are none.
-        roles: on an accelerator, follow the tensors too, for `followed_bytes`, `at_peak` and `largest`. On a CPU
-            they are there anyway.
-        timeline: follow them, keep a record of every storage, those that are free again too, and report
+        known: what is in memory at the start; in a list, tuple or dict, numbers, strings and None are ignored.
+        device: the device to measure, such as "cpu" or "cuda"; None for the device of the known modules and tensors,
+            or the CPU if there are none.
+        roles: on an accelerator, track the tensors too, for `followed_bytes`, `at_peak` and `largest`. On a CPU these
+            are always available.
+        timeline: track the tensors, keep a record of every storage, also of released ones, and report
             `timeline`.
 
     Returns:
-        On entering, a `MemoryReport`, in bytes. It is filled when the block ends, by an exception too, which
-        passes through (running out of memory too). On a CPU its peak agrees with the allocator's own events
-        (torch.profiler) to 64 bytes and with a closed form to the byte, in `tests/test_measure.py`.
+        On entry, a `MemoryReport`, in bytes. It is filled when the block ends, also by an exception, which is passed
+        on. On a CPU its peak agrees with the allocator's own events (torch.profiler) to 64 bytes, and with a closed
+        form to the byte, in `tests/test_measure.py`.
 
     Raises:
-        TypeError: something known is none of these, or the device is none; nothing was changed.
-        ValueError: the device is not there, or none was named and what is known lies on several.
-        NotImplementedError: the device does not count its memory. Where tensors are followed: a known module is
-            compiled, a tensor is sparse, or on a device when the CPU is measured; raised in the block where the
-            block makes such a tensor (`nn.Embedding(sparse=True)`).
+        TypeError: an argument has another type, or the device is not a device; nothing was changed.
+        ValueError: the device is not available, or no device was named and the known tensors are on several.
+        NotImplementedError: the device does not count its memory. If tensors are tracked: a known module is
+            compiled, or a tensor is sparse, or on a device while the CPU is measured; raised inside the block if the
+            block creates such a tensor (`nn.Embedding(sparse=True)`).
         RuntimeError: it is entered a second time.
 
     Example:
@@ -162,7 +162,7 @@ class measure_memory(Following):  # type: ignore[no-untyped-call]
             raise NotImplementedError(f"{given}: give it the plain module, and run that one in the block.")
         super().__init__(found, optimizers, ranks.sharded_in(modules), chosen, timeline)
         if self._follows:
-            list(storages_on(self._device, self._known))  # refuses what cannot be, before anything is changed
+            list(storages_on(self._device, self._known))  # raises for unsupported tensors, before anything is changed
 
     def __enter__(self) -> MemoryReport:
         if not self._known:
@@ -171,7 +171,7 @@ class measure_memory(Following):  # type: ignore[no-untyped-call]
         start = self._counters.start() if self._counters else 0
         if self._follows:
             self._start_following()
-        self._known = {}  # what the block drops must become free
+        self._known = {}  # otherwise they would stay alive
         self._report.start_bytes, self._start_at = start if self._counters else self._held, self._clock
         return self._report
 
@@ -202,7 +202,7 @@ def _sort(
     modules: list[nn.Module],
     nested: bool = False,
 ) -> None:
-    """Put a thing where it belongs, by role; note the optimizers and the modules."""
+    """Sort a known object into its role; collect the optimizers and the modules."""
     if isinstance(thing, Tensor):
         known["inputs"].append(thing)
     elif isinstance(thing, nn.Module):
@@ -222,7 +222,7 @@ def _sort(
 
 
 def optimizers_in(thing: object) -> list[torch.optim.Optimizer]:
-    """Return the optimizer itself, or those that a wrapper holds: what accelerate or Fabric make of one has no hooks.
+    """Return the optimizer, or the optimizers in a wrapper: the wrappers of accelerate and Fabric have no hooks.
 
     Example:
         >>> class Wrapper:
@@ -242,11 +242,11 @@ def optimizers_in(thing: object) -> list[torch.optim.Optimizer]:
 
 
 def chosen_device(named: str | torch.device | None, tensors: Iterable[Tensor]) -> torch.device:
-    """Return the device that is named, else the one on which the tensors lie, else the CPU.
+    """Return the named device, or the device of the tensors, or the CPU.
 
     Raises:
-        TypeError: what was named is no device.
-        ValueError: it is not there, or none was named and the tensors lie on several.
+        TypeError: `named` is not a device.
+        ValueError: the device is not available, or none was named and the tensors are on several.
 
     Example:
         >>> chosen_device(None, [torch.zeros(2)])
@@ -273,14 +273,14 @@ def chosen_device(named: str | torch.device | None, tensors: Iterable[Tensor]) -
 class DeviceCounters:
     """A device's own counters over a block of code, synchronized before each reading and before the reset.
 
-    The device has one peak, and starting resets it: blocks inside each other each keep the peak that they saw.
+    The device has one peak counter, which `start` resets: nested blocks each keep the peak that they have seen.
 
     Attributes:
-        peak_bytes: the most bytes in use at one moment of the block.
-        reserved_bytes: the most that the allocator held, in use or not; 0 where it does not tell.
+        peak_bytes: the peak of the bytes in use during the block.
+        reserved_bytes: the peak of the bytes that the allocator reserved; 0 if it does not report them.
 
     Raises:
-        NotImplementedError: the device does not count.
+        NotImplementedError: the device does not count its memory.
     """
 
     _running: Final[list[DeviceCounters]] = []
@@ -305,7 +305,7 @@ class DeviceCounters:
         return torch.accelerator.memory_allocated(self._device)
 
     def stop(self) -> tuple[int, int]:
-        """Note the peaks, and return the peak and the bytes in use."""
+        """Record the peaks, and return the peak and the bytes in use."""
         self._running.remove(self)
         torch.accelerator.synchronize(self._device)
         self._note()

@@ -1,4 +1,4 @@
-"""The largest micro-batch that fits a memory budget, with the effective batch kept exactly."""
+"""Find the largest micro-batch that fits a memory budget, with exactly the given effective batch."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from gradaccum.memory.predict import PredictedMemory, _predict, _start_bytes, pr
 
 @dataclass(frozen=True, repr=False)
 class MicroBatchPlan:
-    """What `plan_micro_batches` returns.
+    """The result of `plan_micro_batches`.
 
     Attributes:
         micro_batch: the largest number of samples for which the update fits.
-        sizes: of the window's micro-batches; they add up to the effective batch, and the last may be smaller.
-        peak_bytes: what the update is predicted to hold, the larger of the first update and a later one.
-        next_micro_batch_peak_bytes: the same for one sample more, which is above the budget; None if the window
-            is a single micro-batch already.
-        budget_bytes: what it had to fit in.
-        device: what was predicted for.
+        sizes: the sizes of the window's micro-batches; they add up to the effective batch, and the last may be smaller.
+        peak_bytes: the predicted peak of an update, the larger of the first and a later one.
+        next_micro_batch_peak_bytes: the same for one more sample, which is above the budget; None if the window
+            is a single micro-batch.
+        budget_bytes: the budget.
+        device: the device that was predicted.
     """
 
     micro_batch: int
@@ -36,7 +36,7 @@ class MicroBatchPlan:
 
     @property
     def accumulation_steps(self) -> int:
-        """How many micro-batches make the window."""
+        """The number of micro-batches in the window."""
         return len(self.sizes)
 
     def __repr__(self) -> str:
@@ -59,32 +59,32 @@ def plan_micro_batches(
     budget: int | str,
     device: str | torch.device = "cuda",
 ) -> MicroBatchPlan:
-    """Find the largest micro-batch with which an update stays within `budget`, by `predict_memory`.
+    """Find the largest micro-batch with which an update stays within `budget`, with `predict_memory`.
 
-    The window is cut into micro-batches of equal size and, where that does not divide the effective batch, one
-    smaller at the end. A plan takes about eight predictions. In each, two or three micro-batches of a size stand
-    for all of that size: what one more adds to the peak is its inputs, which are counted for the whole window, and
-    what `step` keeps of it, which is the same for each (tested against whole windows, to the byte). The answer and
-    the size above it are both predicted. Between them and elsewhere it is assumed that a larger micro-batch needs
-    no less memory, of windows with as many or with fewer micro-batches. Where tqdm is installed, a plan that takes
-    more than two seconds shows its progress: the micro-batch being tried and the last peak predicted.
+    The window is split into micro-batches of equal size and, if that does not divide the effective batch, a smaller
+    one at the end. A plan takes about eight predictions. In each, two or three micro-batches represent all of the same
+    size: one more adds to the peak only its inputs, which are counted for the whole window, and what `step` keeps of
+    it, which is the same for each (tested against whole windows, to the byte). Both the answer and the next larger
+    size are predicted. For other sizes it is assumed that, with the same number of micro-batches or fewer, a larger
+    micro-batch needs at least as much memory. If tqdm is installed, a plan that takes more than two seconds shows its
+    progress: the current micro-batch and the last predicted peak.
 
     Args:
-        build: called with the sizes of a window's micro-batches, a list of ints; makes the model, the optimizer
+        build: called with the sizes of a window's micro-batches, a list of ints; creates the model, the optimizer
             and the window. It is also called with the sizes of shorter windows.
         step: one update, called as `step(*built)`.
-        effective_batch: the samples of an update.
-        budget: an int in bytes, or such as "24 GB" (10^9) or "24 GiB" (2^30). A device needs room for what
-            `predict_memory` does not count: leave some.
+        effective_batch: the number of samples in an update.
+        budget: an int in bytes, or a string such as "24 GB" (10^9) or "24 GiB" (2^30). Leave room for what
+            `predict_memory` does not count.
         device: "cuda" or "cpu", as for `predict_memory`.
 
     Returns:
-        A `MicroBatchPlan`: the micro-batch, the window's sizes, and the peaks at it and one sample above.
+        A `MicroBatchPlan`: the micro-batch, the window's sizes, and the peaks for it and for one more sample.
 
     Raises:
-        TypeError, ValueError: an argument is of no use.
-        ValueError: not even single samples fit; it names the peak and the role that holds most of it.
-        NotImplementedError, Exception: as `predict_memory`.
+        TypeError, ValueError: an argument is invalid.
+        ValueError: not even single samples fit; the message has the peak and its largest role.
+        NotImplementedError, Exception: as for `predict_memory`.
 
     Example:
         >>> def build(sizes):
@@ -129,7 +129,7 @@ def _plan(search: _Search) -> MicroBatchPlan:
 
 
 def _budget_bytes(budget: int | str) -> int:
-    """Return a budget such as "24 GB" in bytes, or refuse it in one sentence."""
+    """Return a budget such as "24 GB" in bytes, or raise."""
     if type(budget) is int:
         number: float = budget
     else:
@@ -145,12 +145,12 @@ def _budget_bytes(budget: int | str) -> int:
 
 
 class _Search:
-    """The predictions of one plan, each made once, and the search among them."""
+    """The search of one plan, and its cached predictions."""
 
     def __init__(self, build: Any, step: Any, effective_batch: int, limit: int, device: str, tick: Any) -> None:
         self._build, self._step, self.device, self._tick = build, step, device, tick
         self.effective_batch, self.limit = effective_batch, limit
-        self.least = 1  # the micro-batch that needs the least; `largest` may find that it is a larger one
+        self.least = 1  # the micro-batch with the lowest peak; `largest` may increase it
         self._state: dict[str, object] = {}  # shown as the progress
         self._reports: dict[tuple[int, ...], PredictedMemory] = {}
         self._starts: dict[tuple[int, ...], int] = {}
@@ -160,13 +160,13 @@ class _Search:
         return (micro_batch,) * whole + (rest,) * (rest > 0)
 
     def peak(self, micro_batch: int) -> int:
-        """Predict the peak of the whole window; of a long one, by the first two and three of the full micro-batches."""
+        """Predict the peak of the whole window; for a long one, from windows of two and three full micro-batches."""
         three = self._beyond_start(self._shortened(micro_batch, 3))
         further = three - self._beyond_start(self._shortened(micro_batch, 2))
         return self._of_two(micro_batch) + further * (self.sizes(micro_batch).count(micro_batch) - 2)
 
     def _of_two(self, micro_batch: int) -> int:
-        """Predict the same, but for what micro-batches after the second one add beyond their inputs."""
+        """Predict the same, without what micro-batches after the second add beyond their inputs."""
         return self._start(self.sizes(micro_batch)) + self._beyond_start(self._shortened(micro_batch, 2))
 
     def _shortened(self, micro_batch: int, most: int) -> tuple[int, ...]:
@@ -174,23 +174,23 @@ class _Search:
         return sizes[max(0, sizes.count(micro_batch) - most) :]
 
     def largest(self) -> int:
-        """Find the largest micro-batch that fits, or 0."""
+        """Return the largest micro-batch that fits, or 0."""
         whole = self.effective_batch
         above_half = whole // 2 + 1
         if self.peak(whole) <= self.limit:
             return whole
-        # Above the half the second micro-batch is smaller than the first, and the gradients kept from the first may
-        # fit again: there the first one must fit, and then the window of both.
+        # Above half, the second micro-batch is smaller than the first, and may fit together with the gradients: the
+        # first must fit, and then the window of both.
         at_half = self._starts_with(above_half) if above_half < whole else self.peak(whole)
         if above_half < whole and at_half <= self.limit:
             best = self._narrow(self._starts_with, {above_half: at_half}, above_half, whole, [whole - 1])
             if self.peak(best) <= self.limit:
                 return best
-        # Quickly, by windows of two; then what was found and its neighbour by the whole window.
+        # First with windows of two, which is fast; then the result and its neighbours with the whole window.
         while (least := self._of_two(self.least)) > self.limit:
             if 2 * self.least >= above_half or self._of_two(2 * self.least) >= least:
                 break
-            self.least *= 2  # many small inputs, each rounded up, may need more than fewer larger ones
+            self.least *= 2  # many small inputs, each rounded up, may need more than a few large ones
         known = {above_half: at_half, self.least: least}
         near = self._narrow(self._of_two, known, self.least if least <= self.limit else 0, above_half, [])
         return self._narrow(self.peak, {}, 0, above_half, [near, near + 1, near - 1] if near else [self.least])
@@ -198,13 +198,13 @@ class _Search:
     def _narrow(
         self, peak: Callable[[int], int], known: dict[int, int], fits: int, too_large: int, tries: list[int]
     ) -> int:
-        """Try these, then narrow down along the line through two that are known; return the last that fits."""
+        """Try `tries`, then interpolate between two known sizes; return the largest that fits."""
         while too_large - fits > 1:
             guess = (fits + too_large) // 2
             if tries:
                 guess = tries.pop(0)
-            # The line is right where the micro-batch rules and wrong where the optimizer's step does: now and then
-            # the middle is tried instead.
+            # Interpolation is right if the micro-batch dominates the peak, and wrong if the optimizer's step does:
+            # now and then the middle is tried instead.
             elif fits in known and known[fits] < known.get(too_large, 0) and len(known) % 4:
                 slope = (known[too_large] - known[fits]) / (too_large - fits)
                 guess = min(max(fits + int((self.limit - known[fits]) / slope), fits + 1), too_large - 1)

@@ -1,4 +1,4 @@
-"""What an update would hold in memory, found without allocating it: the same code run on tensors without data."""
+"""Predict the memory of an update without allocating it, by running the same code on tensors without data."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from gradaccum.memory.follow import ROLES
 from gradaccum.memory.measure import MemoryReport, measure_memory
 from gradaccum.memory.pretend import Operations, followed, without_data
 
-CUDA_BLOCK: Final = 512  # the sizes that CUDA's caching allocator hands out are multiples of this
+CUDA_BLOCK: Final = 512  # CUDA's caching allocator rounds sizes up to multiples of this
 
 
 class Guess(NamedTuple):
-    """A value that a program read and that a prediction does not know.
+    """A value that the program read and that the prediction had to guess.
 
     Attributes:
-        where: "file:line" of what read it.
-        what: its dtype, and what it was taken as.
-        times: how often.
+        where: "file:line" of the code that read it.
+        what: its dtype, and the guess.
+        times: how often it was read.
     """
 
     where: str
@@ -30,12 +30,12 @@ class Guess(NamedTuple):
 
 
 class PredictedMemory(MemoryReport):
-    """What `predict_memory` returns: a `MemoryReport` of the second update, with the first one's.
+    """The result of `predict_memory`: a `MemoryReport` of the second update, and in `first` that of the first.
 
     Attributes:
-        device: the device that it speaks for, "cpu" or "cuda".
-        first: the `MemoryReport` of the first update, during which an optimizer makes its state.
-        guessed: the values that were read and are not known, as `Guess(where, what, times)`; empty where none was.
+        device: the device that is predicted, "cpu" or "cuda".
+        first: the `MemoryReport` of the first update, in which an optimizer creates its state.
+        guessed: the values that were guessed, as `Guess(where, what, times)`; empty if there were none.
 
     Example:
         >>> report = predict_memory(lambda: (torch.zeros(1000),), lambda x: (x * 2).sum(), device="cpu")
@@ -60,54 +60,54 @@ def predict_memory(
     device: str | torch.device = "cuda",
     timeline: bool = False,
 ) -> PredictedMemory:
-    """Predict what an update holds in memory on `device`, without allocating it and without having the device.
+    """Predict the memory of an update on `device`, without allocating it and without the device.
 
-    `build` and then `step`, twice, run on tensors that have a shape and no data, and what they hold is followed as
-    `measure_memory` follows it. For "cpu" the result is what `measure_memory` measures, to the byte. For "cuda"
-    every storage is rounded up to 512 bytes, optimizers take the path that is CUDA's default (foreach), the step
-    counters that they keep on the host are not counted, attention, dropout and autocast keep what they keep there,
-    and whatever names "cuda" (a device, autocast, GradScaler) is answered as if it were there. All tensors count as
-    being on the device: a batch that is moved there in `step` counts from the start. The role "libraries" is what
-    cuBLAS holds from the first matrix product on: 8,519,680 bytes for the forward's thread and the same for the
-    backward's, as seen on an A100; newer GPUs are said to take 32 MiB each.
+    `build`, and then `step` twice, run on tensors that have a shape but no data, and their memory is tracked as in
+    `measure_memory`. For "cpu" the result is what `measure_memory` measures, to the byte. For "cuda" every storage
+    is rounded up to 512 bytes, optimizers use CUDA's default implementation (foreach), their step counters on the
+    host are not counted, attention, dropout and autocast save what they save on CUDA, and calls that name "cuda" (a
+    device, autocast, GradScaler) behave as if a GPU were present. All tensors count as being on the device: a batch
+    that `step` moves there counts from the start. The role "libraries" is the memory of cuBLAS from the first matrix
+    product on: 8,519,680 bytes each for the forward's and the backward's thread, as measured on an A100; newer GPUs
+    are said to use 32 MiB each.
 
-    A value that is read (`.item()`, `.tolist()`, `if tensor`) is known where it comes from integers and booleans of
-    at most 2^20 elements, such as a mask of ones, or from at most 2^10 floats that `torch.tensor`, `arange` or
-    `linspace` makes, and no random number went into it. Else it is a guess, 1 or False, and `guessed` says where; a
-    GradScaler is told that no gradient overflowed. Not counted: memory within a kernel, the CUDA context (0.5 to
-    1.5 GB), a forward that was run in `build`, tensors in objects that `build` returns other than modules,
-    optimizers and what wraps them, tensors and lists, tuples and dicts of them. While it runs, no other thread should
-    use autocast, GradScaler, dropout, attention or `Module.to`, which are patched while it runs. Where tqdm is
-    installed, a prediction of more than two seconds shows its progress.
+    A value that is read (`.item()`, `.tolist()`, `if tensor`) is known if it depends only on integers and booleans
+    of at most 2^20 elements, such as a mask of ones, or on at most 2^10 floats from `torch.tensor`, `arange` or
+    `linspace`, and not on random numbers. Otherwise it is guessed, as 1 or False, and `guessed` says where. For a
+    GradScaler, no gradient overflows. Not counted: memory inside a kernel, the CUDA context (0.5 to 1.5 GB), a
+    forward in `build`, and tensors in objects that `build` returns, other than modules, optimizers and their
+    wrappers, tensors, and lists, tuples and dicts of these. autocast, GradScaler, dropout, attention and `Module.to`
+    are patched while it runs, so no other thread should use them. If tqdm is installed, a prediction of more than
+    two seconds shows its progress.
 
-    `reserved_bytes` is what has to fit on the GPU beside the context: `CachingAllocator` replays what is followed. It
-    is right where the tensors are, to 1 or 2 % for what order and releases decide. What cuDNN asks for, several
-    streams and `expandable_segments` are not in it.
+    `reserved_bytes` is what must fit on the GPU beside the context: `CachingAllocator` replays the tracked storages.
+    If these are right, it is accurate to 1 or 2 %, which depends on the order of allocations and releases. cuDNN's
+    workspaces, several streams and `expandable_segments` are not modelled.
 
-    Of figures that others measured on an A100, 25 counters of single layers, forward and backward, are predicted to
-    the last digit, and what three trainings of a GPT reserved to 0.3 % (`benchmarks/published.py`).
+    Of published measurements on an A100, 25 counters of single layers, forward and backward, are predicted to the
+    last digit, and the reserved memory of three GPT trainings to 0.3 % (`benchmarks/published.py`).
 
-    One rank of a model in `fully_shard` is predicted on torch's `fake` process group, which no other rank joins:
-    initialize it before, make the mesh outside of `build` and shard in it. `accumulate` then takes the other ranks
-    to have what this one has.
+    To predict one rank of a `fully_shard` model, use torch's `fake` process group, which has no other ranks:
+    initialize it first, create the mesh outside of `build`, and shard inside it. `accumulate` then assumes that the
+    other ranks have the same data.
 
     Args:
-        build: makes everything afresh, without arguments: the model, the optimizer, the data. It may return a
-            tuple or a list; anything else is passed to `step` as its one argument.
-        step: one update, called as `step(*built)`; what it returns is dropped.
+        build: creates everything, without arguments: the model, the optimizer, the data. It may return a tuple or a
+            list; anything else is passed to `step` as its only argument.
+        step: one update, called as `step(*built)`; its result is ignored.
         device: "cuda" or "cpu".
-        timeline: report both updates' `timeline` too, which keeps a record of every storage.
+        timeline: also report the `timeline` of both updates, which keeps a record of every storage.
 
     Returns:
         A `PredictedMemory`: the `MemoryReport` of the second update, and in `first` that of the first.
 
     Raises:
-        TypeError: `build` or `step` is not callable, or `device` is no device.
-        ValueError: a tensor made outside of `build` and `step` is used in them.
-        NotImplementedError: no number can be given: another device, recurrent layers, `nn.EmbeddingBag`, LBFGS,
+        TypeError: `build` or `step` is not callable, or `device` is not a device.
+        ValueError: a tensor created outside of `build` and `step` is used in them.
+        NotImplementedError: prediction is not possible: another device, recurrent layers, `nn.EmbeddingBag`, LBFGS,
             compiled code, DistributedDataParallel, sparse tensors, a shape that depends on values, an operation that
             torch cannot run without data.
-        Exception: what `build` and `step` raise passes through.
+        Exception: errors from `build` and `step` are passed on.
 
     Example:
         >>> def build():
@@ -118,7 +118,7 @@ def predict_memory(
         ...     optimizer.step()
         ...     optimizer.zero_grad()
         >>> memory = predict_memory(build, step)
-        >>> memory.first.peak_bytes, memory.peak_bytes  # Adam makes its two copies in the first
+        >>> memory.first.peak_bytes, memory.peak_bytes  # Adam creates its two copies in the first
         (200022241280, 200022241280)
     """
     for name, function in (("build", build), ("step", step)):
@@ -141,7 +141,7 @@ def _predict(
                     step(*built)
                 reports.append(report)
         except Exception as error:
-            for guess in operations.guesses:  # it may be no error but a wrong guess
+            for guess in operations.guesses:  # the cause may be a wrong guess
                 error.add_note("A prediction has no values: at {}, {}.".format(*guess))
             raise
     vars(predicted).update(vars(reports[1]), device=kind, first=reports[0])
@@ -150,9 +150,9 @@ def _predict(
 
 
 def _start_bytes(build: Callable[[], Any], device: str, tick: Callable[[], None]) -> int:
-    """Return what `build` would make `predict_memory` start with, in bytes, without a step."""
+    """Return the `start_bytes` of a prediction with `build`, without a step."""
     with without_data(device, tick) as operations:
-        built = _tuple(build())  # kept while it is counted
+        built = _tuple(build())  # keep it alive while it is counted
         with _Follow(device, operations, built) as report:
             return report.start_bytes
 
@@ -162,7 +162,7 @@ def _tuple(built: object) -> tuple[Any, ...]:
 
 
 class _Follow(measure_memory):  # type: ignore[no-untyped-call]
-    """Count as the device would."""
+    """Count memory as the device would."""
 
     def __init__(self, device: str, operations: Operations, built: object, timeline: bool = False) -> None:
         self._block, self._operations = CUDA_BLOCK if device == "cuda" else 1, operations
@@ -194,7 +194,7 @@ class _Follow(measure_memory):  # type: ignore[no-untyped-call]
 
 
 def predicted_type(device: object) -> str:
-    """Return "cpu" or "cuda", or refuse the device in one sentence.
+    """Return "cpu" or "cuda", or raise for any other device.
 
     Example:
         >>> predicted_type("cuda:1")

@@ -1,4 +1,4 @@
-"""Tensors without data: the same code runs on shapes alone, and holds what it would hold on the device."""
+"""Tensors without data: the same code runs on shapes alone, and allocates what it would allocate on the device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-# Private, but the only tensors that have a device, a storage of the right size and a graph, and no memory.
+# Private, but the only tensors with a device, a storage of the right size and a graph, and without memory.
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -25,7 +25,7 @@ from torch.nn import functional
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode
 
-# Private: the one as in follow.py; the other so that a measure_memory around a prediction counts none of it.
+# Private: the first as in follow.py; the second so that a measure_memory around a prediction does not count it.
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from gradaccum.memory.allocator import CachingAllocator
@@ -35,7 +35,7 @@ from gradaccum.memory.measure import optimizers_in
 from gradaccum.memory.values import Values
 
 _aten = torch.ops.aten
-# On a CPU and on CUDA these reduce into the memory of the loss of each element, and keep all of it.
+# On a CPU and on CUDA these reduce into the memory of the unreduced loss, and keep all of it.
 _KEEP_ALL: Final = {
     _aten.mse_loss.default,
     _aten.smooth_l1_loss.default,
@@ -44,11 +44,11 @@ _KEEP_ALL: Final = {
 }
 
 
-# Fused kernels with workspaces that nothing outside of them can see, and one whose results are larger than torch says.
+# Fused kernels whose workspaces cannot be seen from outside, and one whose results are larger than torch reports.
 _OUT_OF_SIGHT: Final = {"embedding_bag"} | {
     kind + cell for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu") for cell in ("", "_cell")
 }
-# What autocast computes in float32 on CUDA and not on a CPU; the names of functions, tensor methods too.
+# What autocast computes in float32 on CUDA but not on a CPU, by the names of functions and tensor methods.
 # fmt: off
 _FLOAT32: Final = {
     "layer_norm", "native_layer_norm", "group_norm", "softmax", "log_softmax", "softmin", "logsumexp",
@@ -60,7 +60,7 @@ _FLOAT32: Final = {
 
 
 class DeviceFunctions(TorchFunctionMode):
-    """For tensors without data: map the names of devices and what is kept on CUDA alone, copy, refuse the unseen."""
+    """For tensors without data: map device names, emulate what only CUDA keeps, copy, raise for untracked kernels."""
 
     def __init__(self, device: str) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ _DROPOUT: Final = functional.dropout
 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, **named: Any) -> Tensor:
-    """Keep a mask of bytes, as on CUDA, where a CPU keeps one in the input's dtype."""
+    """Keep a mask of bytes, as on CUDA; a CPU keeps one in the input's dtype."""
     if named.get("train", training) and 0 < p < 1 and not inplace:
         kept: Tensor = torch.native_dropout(input, p, True)[0]
         return kept
@@ -102,7 +102,7 @@ def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool
 
 
 def _deepcopy(tensor: Tensor, memo: dict[int, Tensor]) -> Tensor:
-    """Copy a leaf as `copy.deepcopy` does; torch's own would copy the mode of a tensor without data too."""
+    """Copy a leaf as `copy.deepcopy` does; torch's own also copies the mode of a tensor without data."""
     if id(tensor) not in memo:
         new = tensor.detach().clone().requires_grad_(tensor.requires_grad)
         if isinstance(tensor, nn.Parameter):
@@ -119,7 +119,7 @@ def _host(value: Any, key: str = "") -> Any:
 
 
 def followed(built: object) -> list[Any]:
-    """Pick what measure_memory takes; a scaler or a function is passed over.
+    """Return the objects that measure_memory accepts; others, such as a scaler or a function, are ignored.
 
     Example:
         >>> followed([torch.zeros(2), {"how many": 3}, len])
@@ -132,13 +132,13 @@ def followed(built: object) -> list[Any]:
 
 
 class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Answer reads of values, refuse what has no answer, and note what is not on the device.
+    """Return known or guessed values when a value is read, raise where neither is possible, and record host storages.
 
     Attributes:
         elsewhere: the storages that are not on the device.
-        workspaces: what libraries hold there.
-        allocator: what it reserves for all that is followed, on CUDA.
-        guesses: how often a value was guessed, by the line that read it and what it was taken as.
+        workspaces: the workspaces of libraries on the device.
+        allocator: on CUDA, a model of the caching allocator for all tracked storages.
+        guesses: how often a value was guessed, by the line that read it and the guess.
     """
 
     def __init__(self, device: str, fakes: FakeTensorMode, tick: Callable[[], None]) -> None:
@@ -154,7 +154,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._tick()
         kwargs = kwargs or {}
-        self.workspaces.made_for(func)  # in `build`, where nothing is followed yet
+        self.workspaces.made_for(func)  # also in `build`, where nothing is tracked yet
         if func is _aten._local_scalar_dense.default and (value := self._values.number(args[0])) is not None:
             return value
         try:
@@ -173,7 +173,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
             shape = f"A tensor of shape {tuple(real.shape)} made outside of build was used in {func}"
             raise ValueError(f"{shape}: make the model, the optimizer and the data inside build.") from error
         if func is _aten.lift_fresh.default and (
-            # Made in step() without a device: a step counter, which stays on the host beside CUDA.
+            # Created in step() without a device: a step counter, which stays on the host with CUDA.
             self._stepping if self._device == "cuda" else not args[0].untyped_storage().resizable()  # NumPy's
         ):
             self.elsewhere.add(result.untyped_storage())
@@ -186,7 +186,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _read(self, func: Any, args: Any, kwargs: Any, error: Exception) -> Any:
-        """Answer what reads a value: truly where it is known, else by a guess that is noted."""
+        """Return the value that is read: the true value if it is known, otherwise a guess, which is recorded."""
         if func is not _aten._local_scalar_dense.default:
             known = self._values.shaped(func, args, kwargs)
             if known is None:
@@ -196,13 +196,13 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return 0.0  # so that a GradScaler steps
         kind = args[0].dtype
         answer: Any = kind != torch.bool and (1.0 if kind.is_floating_point else 1)
-        # An optimizer's step counter changes no shape, nor does what an initialization draws.
+        # Neither an optimizer's step counter nor an initialization changes a shape.
         if not self._stepping and (line := _line_that_reads()):
             self.guesses[line, f"{str(kind)[6:]} taken as {answer}"] += 1
         return answer
 
     def _sized(self, func: Any, args: Any, kwargs: Any, error: Exception) -> Any:
-        """Make a result whose size depends on values, where these are known."""
+        """Return a result whose size depends on values, if these are known."""
         if func is _aten.index.Tensor and (places := self._values.places(args[1])) is not None:
             made = (x if x is None or hasattr(x, "fake_mode") else self._fakes.from_tensor(x) for x in places)
             return func(args[0], list(made))
@@ -214,7 +214,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return make(known) if isinstance(known, Tensor) else type(known)(make(each) for each in known)
 
     def before_step(self, optimizer: torch.optim.Optimizer, *call: object) -> None:
-        """Let an optimizer take the path that is CUDA's default, or refuse it."""
+        """Let an optimizer use CUDA's default implementation; raise for an unsupported optimizer."""
         if isinstance(optimizer, torch.optim.LBFGS):
             raise NotImplementedError(
                 "LBFGS is not predicted: how often it evaluates and what it keeps is up to values."
@@ -227,18 +227,18 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 group["foreach"] = not isinstance(optimizer, torch.optim.Adafactor)  # as the default is on CUDA
 
     def after_step(self, optimizer: torch.optim.Optimizer, *call: object) -> None:
-        """Note that the step is over."""
+        """Record that the step is over."""
         self._stepping = False
 
 
 @contextmanager
 def _replaced(device: str) -> Iterator[None]:
-    """Patch what neither mode sees: autocast, GradScaler, Module.to, backward, and compiling."""
+    """Patch what neither mode sees: autocast, GradScaler, Module.to, backward and compilation."""
     autocast, scaler = torch.autocast.__init__, torch.amp.GradScaler.__init__
     engine = vars(torch.autograd)["_engine_run_backward"]
 
     def autocast_on_host(self: Any, device_type: str, dtype: Any = None, *rest: Any, **options: Any) -> None:
-        if device == "cuda" and device_type in ("cpu", "cuda"):  # "cpu" is what a tensor's device says here
+        if device == "cuda" and device_type in ("cpu", "cuda"):  # here a tensor's device is "cpu"
             device_type, dtype = "cpu", dtype or torch.get_autocast_dtype("cuda")
         autocast(self, device_type, dtype, *rest, **options)
 
@@ -246,7 +246,7 @@ def _replaced(device: str) -> Iterator[None]:
         scaler(self, "cpu" if device == "cuda" else device_type, *rest, **options)
 
     def apply(self: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        # torch's own swaps parameters for new ones, which fails for those without data.
+        # torch's own replaces parameters, which fails for those without data.
         for module in self.modules() if recurse else [self]:
             for parameter in module._parameters.values():
                 for old in () if parameter is None else (parameter, parameter.grad):
@@ -257,7 +257,7 @@ def _replaced(device: str) -> Iterator[None]:
         return self
 
     def run_backward(*args: Any, **options: Any) -> Any:
-        # What a checkpoint runs again is run in backward, which hides the mode that it was called under.
+        # A checkpoint runs again in backward, where the mode is not active.
         with DeviceFunctions(device) if device == "cuda" else nullcontext():
             return engine(*args, **options)
 
@@ -273,20 +273,20 @@ def _replaced(device: str) -> Iterator[None]:
     places: list[tuple[Any, str, Any]] = [
         (torch.autocast, "__init__", autocast_on_host),
         (torch.amp.GradScaler, "__init__", scaler_on_host),
-        (nn.Module, "_apply", apply),  # private: all of to(), cuda(), half() ... are made of it
+        (nn.Module, "_apply", apply),  # private: used by to(), cuda(), half() ...
         (nn.Module, "compile", compiled),
         (nn.parallel.DistributedDataParallel, "__init__", replicated),
         (torch, "compile", compiled),
-        (torch.autograd, "_engine_run_backward", run_backward),  # private: both backward() and grad() come to it
-        (torch._subclasses, "FakeTensor", _NotFake),  # what libraries ask for; torch itself has it from elsewhere
+        (torch.autograd, "_engine_run_backward", run_backward),  # private: used by both backward() and grad()
+        (torch._subclasses, "FakeTensor", _NotFake),  # the name that libraries use; torch itself uses another
     ]
-    if device == "cuda":  # by name too: torch's own functions call them where the mode does not see it
+    if device == "cuda":  # by name too: torch's own functions call them where the mode is not active
         places += [(functional, "dropout", _dropout), (functional, "scaled_dot_product_attention", attention)]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
     try:
         for owner, name, new in places:
             setattr(owner, name, new)
-        with torch.compiler.set_stance("fail_on_recompile"):  # for what was compiled before
+        with torch.compiler.set_stance("fail_on_recompile"):  # for code compiled before
             yield
     except RuntimeError as error:
         if "fail_on_recompile" in str(error):
@@ -298,9 +298,9 @@ def _replaced(device: str) -> Iterator[None]:
 
 
 def _line_that_reads() -> str:
-    """Return the file and line that asked for a value, the innermost that is neither torch's nor this package's.
+    """Return the innermost file and line outside of torch and this package that read a value.
 
-    Nothing, where it was `torch.nn.init`.
+    Returns "" if `torch.nn.init` read it.
     """
     frame = sys._getframe(1)
     while frame.f_back:
@@ -313,7 +313,7 @@ def _line_that_reads() -> str:
 
 
 class _Asked(type):
-    """Libraries ask whether a tensor is without data, and then do what a real run does not: their answer is no."""
+    """Let isinstance return False outside of torch, where libraries treat tensors without data differently."""
 
     def __instancecheck__(cls, thing: object) -> bool:
         caller = sys._getframe(1).f_globals.get("__name__", "")
@@ -326,7 +326,7 @@ class _NotFake(metaclass=_Asked):
 
 @contextmanager
 def without_data(device: str, tick: Callable[[], None]) -> Iterator[Operations]:
-    """Let the block's tensors have no data, and operations do what they do on `device`; give what is noted of them.
+    """Run the block on tensors without data, with the operations of `device`; yield the `Operations`.
 
     Example:
         >>> with without_data("cpu", lambda: None):
@@ -335,7 +335,7 @@ def without_data(device: str, tick: Callable[[], None]) -> Iterator[Operations]:
     """
     with ExitStack() as stack:
         stack.enter_context(_disable_current_modes())
-        stack.enter_context(torch.random.fork_rng(devices=[]))  # a seed set in `build` is not left behind
+        stack.enter_context(torch.random.fork_rng(devices=[]))  # a seed set in `build` has no effect afterwards
         stack.enter_context(_replaced(device))
         fakes = stack.enter_context(FakeTensorMode())
         stack.enter_context(DeviceFunctions(device))

@@ -1,4 +1,4 @@
-"""The values that a prediction knows: integers, booleans and a few floats that no random number went into."""
+"""The values that a prediction knows: integers, booleans and a few floats that do not depend on random numbers."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-# Private: what is known is computed for real, outside of the modes that compute without data.
+# Private: known values are computed with data, outside of the modes that compute without data.
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
-LIMIT: Final = 2**20  # elements; a larger tensor is no mask or length, and computing it would cost what it saves
-FEW: Final = 2**10  # floats: a schedule of rates or widths, out of which a model is made
+LIMIT: Final = 2**20  # elements; a larger tensor is not a mask or a length, and too expensive to compute
+FEW: Final = 2**10  # floats: a schedule of rates or widths, from which a model is built
 _aten = torch.ops.aten
-_RANGES: Final = {_aten.arange, _aten.linspace, _aten.logspace}  # of floats; those of zeros may stand for data
-# Their values are known whatever those of their tensor argument are, which gives no more than a size.
+_RANGES: Final = {_aten.arange, _aten.linspace, _aten.logspace}  # of floats; zeros may be placeholders for data
+# Their values are known: the tensor argument only determines the size.
 _FILLED: Final = {
     _aten.zeros_like: 0,
     _aten.new_zeros: 0,
@@ -29,17 +29,17 @@ _EMPTY: Final = {_aten.empty, _aten.empty_strided, _aten.empty_permuted, _aten.e
 
 
 class Values:
-    """Tensors without data whose values are known, with these values.
+    """The known values of tensors without data.
 
-    A mask of ones, a length, a range of positions: branches on them are the branches of a real run. `note` is called
-    after each operation, `number` where a program reads a value.
+    With a mask of ones, a length or a range of positions, branches are those of a real run. `note` is called after
+    each operation, `number` when the program reads a value.
     """
 
     def __init__(self) -> None:
         self._real = WeakTensorKeyDictionary()
 
     def number(self, tensor: Tensor) -> float | None:
-        """Return the one value in a tensor, None where it is not known."""
+        """Return the value of a tensor with one element, None if it is not known."""
         if tensor not in self._real:
             return None
         with _disable_current_modes():
@@ -47,7 +47,7 @@ class Values:
             return number
 
     def note(self, func: Any, args: Any, kwargs: Mapping[str, Any], result: Any) -> None:
-        """Work out what is known of an operation's result, and forget what it wrote over."""
+        """Compute an operation's result if it can be known, and forget overwritten values."""
         made = [result] if isinstance(result, Tensor) else list(_tensors([result]))
         is_exact = bool(made) and all(map(_is_exact, made))
         if not is_exact and not self._real:
@@ -73,24 +73,24 @@ class Values:
                     self._forget(value)
 
     def _follows(self, func: Any, given: list[Tensor], is_float: bool) -> bool:
-        """Return whether a result follows from what is known; of no tensor at all, from the numbers given."""
+        """Return whether a result can be computed from known tensors, or without tensors from the given numbers."""
         if torch.Tag.nondeterministic_seeded in func.tags or func.overloadpacket in _EMPTY:
             return False
-        if func.namespace != "aten":  # a collective, say, which nothing but the program itself may run
+        if func.namespace != "aten":  # such as a collective, which only the program itself may run
             return False
         if not given and is_float:
             return func.overloadpacket in _RANGES
         return all(each in self._real for each in given)
 
     def shaped(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-        """Return real tensors for a result whose size depends on values, None where these are not known."""
+        """Return a result whose size depends on values, as tensors with data, None if the values are not known."""
         if not all(each in self._real for each in _tensors([args, kwargs])):
             return None
         with _disable_current_modes():
             return func(*self._of(args), **self._of(kwargs))
 
     def places(self, indices: Any) -> list[Any] | None:
-        """Return the indices of an `aten.index` with each known mask as the places where it is True."""
+        """Return the indices of an `aten.index`, masks as positions of True; None if a mask is not known."""
         found: list[Any] = []
         for index in indices:
             if index is None or index.dtype not in (torch.bool, torch.uint8):
@@ -112,7 +112,7 @@ class Values:
     def _forget(self, tree: Any) -> None:
         for tensor in _tensors([tree]):
             if not _is_exact(tensor):
-                continue  # of which nothing is known
+                continue  # its values are not known
             storage = tensor.untyped_storage()
             for known in [each for each in self._real if each.untyped_storage() is storage]:
                 del self._real[known]
