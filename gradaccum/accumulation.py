@@ -123,7 +123,7 @@ def windows(micro_batches: Iterable[MicroBatch], accumulation_steps: int, *, gro
         raise ValueError(f"accumulation_steps must be at least 1, but {accumulation_steps} was given.")
     if not isinstance(micro_batches, Iterable) and not hasattr(type(micro_batches), "__getitem__"):
         raise TypeError(
-            "micro_batches must be something to iterate over, such as a DataLoader or a list, "
+            "micro_batches must be iterable, such as a DataLoader or a list, "
             f"but {micro_batches!r} is of type {type(micro_batches).__name__}."
         )
     collective.refuse_unless_group(group)

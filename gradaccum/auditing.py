@@ -106,7 +106,7 @@ class Audit:
     def __str__(self) -> str:
         lines = list(_lines(self.updates)) or ["No update was seen."]
         if self.updates and not self._epochs:
-            lines.append("Noted without epochs: one that ends in a shorter window shifts the windows after it.")
+            lines.append("Recorded without epochs: an epoch that ends in a shorter window shifts the windows after it.")
         return "\n".join(lines)
 
     # A step may run the forward and backward itself (Lightning's closure), and a fused optimizer unscales in its step:
@@ -123,7 +123,7 @@ class Audit:
         steps, windows = self._steps, windows_of(self._drawn, self._k)
         if steps and not steps[0].drawn:
             raise RuntimeError(
-                "No micro-batch was noted before the first step: draw from seen(loader), or call seen.note in a "
+                "No micro-batch was recorded before the first step: iterate over seen(loader), or call seen.note in a "
                 "collator of this process (num_workers=0)."
             )
         # With an additional 1, so that windows without items do not raise here.
@@ -156,7 +156,7 @@ class Audit:
             never = [index for index in indices if index not in earlier]
             if never and number not in taken:
                 many = f"{len(never)} micro-batch{'es were' if len(never) > 1 else ' was'}"
-                shares, sentence = [share[index] for index in never], f"{many} drawn, and no step came."
+                shares, sentence = [share[index] for index in never], f"{many} drawn, but no step followed."
                 row = Update(never, [0.0] * len(never), shares, 0.0, 1.0, 0.0, KINDS[0], sentence)
                 rows.append((never[-1] + 0.5, row))
         return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
@@ -167,11 +167,11 @@ class Audit:
             modules = refusals.inner(self._modules)
             kinds = {type(module).__name__ for module in modules if module.training and _draws(module)}
             names = ", ".join(sorted(kinds)) or "the forward"
-            suspects.append(f"{names}, which draws random numbers anew (audit without)")
+            suspects.append(f"{names}, which draws new random numbers (audit without it)")
         if hooks_of(each for module in self._modules for each in module.parameters()):
             suspects.append("hooks on parameters, such as masks")
         if isinstance(self._optimizer, torch.optim.LBFGS):
-            suspects.append("LBFGS, which moves inside its step")
+            suspects.append("LBFGS, which changes parameters inside its step")
         trained = {each for group in self._optimizer.param_groups for each in group["params"]}
         if any(each.requires_grad and each not in trained for one in self._modules for each in one.parameters()):
             suspects.append("the step of another optimizer, if it came first")
@@ -240,13 +240,13 @@ def audit(
     refuse_to_borrow(modules, None)
     if (several := refusals.ranks()) > 1:
         raise NotImplementedError(
-            f"{several} processes train together, and audit sees this one's micro-batches only: audit the same loop in "
-            "one process, on the model that is not wrapped."
+            f"{several} processes train together, but audit sees only the micro-batches of this one: audit the same "
+            "loop in one process, on the unwrapped model."
         )
 
     def one_loss(given: Any, name: str) -> Any:
         if isinstance(given, Mapping):
-            raise TypeError(f"audit takes one loss, but {name} returned a dict: audit each loss of several alone.")
+            raise TypeError(f"audit takes one loss, but {name} returned a dict: audit each loss separately.")
         return given
 
     return Audit(

@@ -52,7 +52,7 @@ def gradient_of(modules: Sequence[nn.Module], batch: Any, loss: Callable[[Any], 
         value.backward()  # type: ignore[no-untyped-call]
     found = [parameter.grad for parameter in parameters]
     if all(gradient is None for gradient in found):
-        raise ValueError("The loss depends on no trainable parameter of the model: give the modules that it uses.")
+        raise ValueError("The loss depends on no trainable parameter of the model: pass the modules that it uses.")
     return found
 
 

@@ -133,8 +133,8 @@ class Together:
                 named = refusals.named(self._modules, "parameters").items()
                 name = next(name for name, each in named if each is parameter)
                 raise ValueError(
-                    f"Parameter {name!r} is trainable and no engine averages it, so that each rank would train its "
-                    "own: wrap the module that holds it too."
+                    f"Parameter {name!r} is trainable and no engine averages it, so each rank would train its own: "
+                    "wrap the module that has it too."
                 )
 
     def _talks(self) -> bool:
@@ -176,7 +176,7 @@ class Together:
     def _refuse_together(self, rows: Sequence[Row]) -> None:
         for row in rows:
             if row.refusal:
-                raise ERRORS[int(row.refusal) - 1](f"Rank {row.rank:.0f} refused this window; its own error says why.")
+                raise ERRORS[int(row.refusal) - 1](f"Rank {row.rank:.0f} raised an error: see that rank.")
         for name, what in (
             ("keys", "count must return the same keys on all ranks"),
             ("divisor", "the engine must divide by the same factor on all ranks"),
@@ -214,13 +214,13 @@ class Together:
         """Raise if the engine's forward did not run, or if its backward will not."""
         if not all(part.ran() for part in self._parts) and (self._waits or loss.requires_grad):
             raise RuntimeError(
-                f"Pass {number} on rank {self.name} did not call the model that was given, as where loss_sum calls "
-                "model.module, so that its gradient would not be averaged: call the wrapped model."
+                f"Pass {number} on rank {self.name} did not call the model given to accumulate (loss_sum may call "
+                "model.module), so its gradient would not be averaged: call the wrapped model."
             )
         if isinstance(loss, Tensor) and not loss.requires_grad and self._waits:
             raise ValueError(
-                f"loss_sum returned a loss without a graph in pass {number} on rank {self.name}, where the other "
-                "ranks wait for its backward: compute it from the model's output, also where it counts nothing."
+                f"loss_sum returned a loss without a graph in pass {number} on rank {self.name}, but the other ranks "
+                "wait for its backward: compute it from the model's output, also if its count is 0."
             )
 
     def fill_up(self, done: int, micro_batch: Any, loss_sum: Callable[[Any], Any], scaler: Any) -> None:
@@ -304,7 +304,7 @@ def any_has_more(group: Group, more: bool, spare: bool, error: Exception | None)
     if error is not None:
         raise error
     if 3 in states:
-        raise RuntimeError(f"Rank {states.index(3)} failed to read its micro-batches; its own error says why.")
+        raise RuntimeError(f"Rank {states.index(3)} failed to read its micro-batches: see the error on that rank.")
     if 1 in states and 2 in states:
-        raise ValueError(f"Rank {states.index(2)} has no micro-batch at all: give each rank one at least.")
+        raise ValueError(f"Rank {states.index(2)} has no micro-batch: give each rank at least one.")
     return 1 in states

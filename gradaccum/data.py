@@ -93,7 +93,7 @@ def text_lines(path: str | Path) -> list[str]:
         raise ValueError(f"The file {str(path)!r} is not UTF-8 text: save it as UTF-8 and try again.") from error
     kept = [line.strip() for line in lines if line.strip()]
     if not kept:
-        raise ValueError(f"The file {str(path)!r} holds no text: put one sample on each line.")
+        raise ValueError(f"The file {str(path)!r} has no text: put one sample on each line.")
     return kept
 
 
@@ -115,7 +115,7 @@ class Characters:
     def __init__(self, lines: Iterable[str]) -> None:
         self._symbols = sorted(set().union(*lines))
         if not self._symbols:
-            raise ValueError("The lines hold no character: give at least one line of text.")
+            raise ValueError("The lines have no characters: give at least one line of text.")
         self._ids = {symbol: index for index, symbol in enumerate(self._symbols, start=1)}
 
     def __len__(self) -> int:

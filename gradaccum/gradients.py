@@ -36,7 +36,7 @@ def relative_error(actual: Gradients, expected: Gradients) -> float:
     """
     ours, theirs = _tensors(actual, "actual"), _tensors(expected, "expected")
     if len(ours) != len(theirs):
-        raise ValueError(f"actual holds {len(ours)} tensors and expected {len(theirs)}: give both in the same order.")
+        raise ValueError(f"actual has {len(ours)} tensors and expected {len(theirs)}: give both in the same order.")
     differences, norms = [], []
     for index, (one, other) in enumerate(zip(ours, theirs, strict=True)):
         if one is not None and other is not None and one.shape != other.shape:
@@ -94,7 +94,7 @@ def full_batch_gradient(
     if removed or removed_names:
         raise TypeError(
             "full_batch_gradient takes one batch and your own loss of it, not a window with its sums and counts: "
-            "call full_batch_gradient(model, batch, loss), where loss(batch) returns the mean that you mean."
+            "call full_batch_gradient(model, batch, loss), where loss(batch) returns your own mean loss."
         )
     modules = refusals.modules_of(model)
     refuse_to_borrow(modules, dtype)
@@ -106,5 +106,5 @@ def _tensors(given: Gradients, name: str) -> Sequence[Tensor | None]:
     tensors = [given] if given is None or isinstance(given, Tensor) else list(given)
     for tensor in tensors:
         if tensor is not None and not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must hold tensors or None, but {tensor!r} is a {type(tensor).__name__}.")
+            raise TypeError(f"{name} must contain tensors or None, but {tensor!r} is a {type(tensor).__name__}.")
     return tensors

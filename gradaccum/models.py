@@ -110,7 +110,7 @@ class GPT(nn.Module):
         """Map int64 tokens (batch, length) to logits (batch, length, vocabulary)."""
         length = tokens.shape[1]
         if length > self.context:
-            raise ValueError(f"The input is {length} tokens long, but this model was made for {self.context} at most.")
+            raise ValueError(f"The input is {length} tokens long, but the model's context is {self.context} at most.")
         positions = torch.arange(length, device=tokens.device)
         x = self.token_embedding(tokens) + self.position_embedding(positions)
         return self.head(self.norm(self.blocks(x)))  # type: ignore[no-any-return]

@@ -41,7 +41,7 @@ class Replicated:
         """Raise for what would be silently wrong; return the ids of the parameters that are averaged."""
         module = self.module
         if not module.require_backward_grad_sync:
-            raise RuntimeError("accumulate was called within no_sync(): call it outside, it sends when it should.")
+            raise RuntimeError("accumulate was called inside no_sync(): call it outside, it synchronizes by itself.")
         # Private: both change the divisor, and when it is applied.
         if module._join_config.enable or module._delay_all_reduce_params:
             what = "delay_all_reduce_named_params" if module._delay_all_reduce_params else "join()"
@@ -49,7 +49,7 @@ class Replicated:
         inside = engines_in([module.module]) if len(self._engines) > 1 else []
         if inside:
             raise NotImplementedError(
-                f"DistributedDataParallel has {type(inside[0]).__name__} inside, which averages too: use one of them."
+                f"DistributedDataParallel contains {type(inside[0]).__name__}, which averages too: use one of them."
             )
         ignored = module.parameters_to_ignore
         named = dict(module.module.named_parameters())
@@ -59,7 +59,7 @@ class Replicated:
         if len(trained) > known or (len(trained) < known and not module.find_unused_parameters):
             raise ValueError(
                 f"The model has {len(trained)} trainable parameters and had {known} when DistributedDataParallel was "
-                "made: freeze or unfreeze first, and wrap the model then."
+                "created: freeze or unfreeze parameters before you wrap the model."
             )
         return trained
 
@@ -100,7 +100,7 @@ class Replicated:
         except RuntimeError as error:
             raise RuntimeError(
                 "DistributedDataParallel has not averaged all gradients, since some parameters got none in the last "
-                "pass: set find_unused_parameters=True, or freeze them before it is made."
+                "pass: set find_unused_parameters=True, or freeze them before you wrap the model."
             ) from error
 
     def forget(self) -> None:
@@ -146,13 +146,13 @@ class Sharded:
             module.reshard()  # after an evaluation the root has its gathered parameters, not those that train
         if not all(part.reduce_grads and part.all_reduce_grads for part in self._parts):
             raise RuntimeError(
-                "Gradients are not sent, after set_requires_gradient_sync(False) or set_requires_all_reduce(False): "
-                "set it to True before accumulate, which sends when it should."
+                "Synchronization is off, after set_requires_gradient_sync(False) or set_requires_all_reduce(False): "
+                "set it to True before accumulate, which synchronizes by itself."
             )
         if self._hidden():
             raise ValueError(
-                "fully_shard holds gradients of passes that were not sent, left by an earlier window: "
-                "make the model anew, or send them and call optimizer.zero_grad() first."
+                "fully_shard has gradients of earlier passes that were not sent: synchronize them and call "
+                "optimizer.zero_grad() first, or create the model again."
             )
         if len(self.kinds) > 1:
             raise NotImplementedError(
@@ -285,14 +285,14 @@ def engines_of(modules: Sequence[nn.Module], *, alone: bool = False) -> list[Rep
     if not found:
         if several > 1 and not alone:
             raise NotImplementedError(
-                f"{several} processes train together and no engine averages this model, so that each would count its "
-                "own items alone: give accumulate the DistributedDataParallel or fully_shard model, not what it "
-                "wraps, or alone=True for a model that is this process's own."
+                f"{several} processes train together and no engine averages this model, so each would count only its "
+                "own items: pass the DistributedDataParallel or fully_shard model, not what it wraps, or alone=True "
+                "for a model that only this process trains."
             )
         return []
     if alone:
         raise ValueError(
-            "alone=True is for a model that is this process's own, and this one is averaged: leave it out."
+            "alone=True is for a model that only this process trains, and an engine averages this one: leave it out."
         )
     if any(isinstance(each, _sharding("FullyShardedDataParallel")) for each in found):
         raise NotImplementedError("FullyShardedDataParallel (FSDP1) is not supported: shard with fully_shard (FSDP2).")
@@ -308,5 +308,5 @@ def engines_of(modules: Sequence[nn.Module], *, alone: bool = False) -> list[Rep
         return [*parts, *([Sharded(sharded)] if any(map(_trains, sharded)) else [])]
     except AttributeError as error:
         raise NotImplementedError(
-            f"torch {torch.__version__} keeps what fully_shard averages elsewhere than torch 2.13 does: use that one."
+            f"fully_shard in torch {torch.__version__} has other internals than in torch 2.13: use torch 2.13."
         ) from error

@@ -95,12 +95,12 @@ def refuse_several_processes(modules: Sequence[nn.Module], *, wrapped_only: bool
         kinds = (nn.parallel.DistributedDataParallel, *sharded)
         kind = next(wrapper.__name__ for wrapper in kinds if isinstance(module, wrapper))
         raise NotImplementedError(
-            f"The model is wrapped in {kind}, which spreads gradients over {ranks()} processes, and this is for one: "
-            "count over all of them and scale the losses in a loop of your own."
+            f"The model is wrapped in {kind}, which averages gradients over {ranks()} processes, but this function is "
+            "for one: count over all of them and scale the losses in a loop of your own."
         )
     if not wrapped_only:
         raise NotImplementedError(
-            f"{ranks()} processes train together, and this is for one: it would see this process's items only."
+            f"{ranks()} processes train together, but this function is for one: it would see only this process's items."
         )
 
 
@@ -128,7 +128,7 @@ def no_gradient_is_taken_away(
     # At the end, not in our hook: LOMO takes a gradient when the next one arrives.
     if taken := [parameter for parameter in arrived if parameter.grad is None]:
         raise RuntimeError(
-            f"A hook took away {len(taken)} gradients during the first backward, as an optimizer that steps in the "
+            f"A hook cleared {len(taken)} gradients during the first backward, as an optimizer that steps in the "
             f"backward pass does; {after}: remove these hooks and step after accumulate."
         )
 
@@ -172,9 +172,9 @@ def warn_of_batch_statistics(modules: Sequence[nn.Module], micro_batches: int) -
         return
     _WARNED.update(fresh)
     warnings.warn(
-        f"BatchNorm ({next(iter(found))!r}) normalizes each micro-batch by its own statistics, so the gradient is not "
-        f"the one batch's, and its running statistics move {micro_batches} times: gradaccum.check_split measures by "
-        "how much. To accept it: warnings.filterwarnings('ignore', 'BatchNorm').",
+        f"BatchNorm ({next(iter(found))!r}) normalizes each micro-batch by its own statistics, so the gradient differs "
+        f"from that of one batch, and its running statistics are updated {micro_batches} times: gradaccum.check_split "
+        "measures the difference. To accept it: warnings.filterwarnings('ignore', 'BatchNorm').",
         stacklevel=3,
     )
 
@@ -188,8 +188,8 @@ def warn_of_sixteen_bits(modules: Sequence[nn.Module], parameters: Sequence[nn.P
         if micro_batches * torch.finfo(dtype).eps >= 0.5:  # the last micro-batch is only 4 times the rounding error
             _WARNED_OF_BITS.update(modules)
             warnings.warn(
-                f"Gradients of {dtype} add up {micro_batches} micro-batches and lose the small ones: set "
-                "parameter.grad_dtype = torch.float32 on each, or use fewer.",
+                f"Gradients of {dtype} lose small contributions in a sum over {micro_batches} micro-batches: set "
+                "parameter.grad_dtype = torch.float32 on each parameter, or use fewer micro-batches.",
                 stacklevel=3,
             )
             return
@@ -220,7 +220,7 @@ def checked_counts(counts: Sequence[Any]) -> tuple[list[Any], list[list[Any]]]:
     table: list[list[Any]] = []  # micro-batch by key
     for index, value in enumerate(counts):
         if isinstance(value, Mapping) != isinstance(counts[0], Mapping):
-            raise TypeError(f"count must return a dict for every micro-batch or for none, but {index} is unlike 0.")
+            raise TypeError(f"count must return a dict for every micro-batch or for none, but 0 and {index} differ.")
         if isinstance(value, Mapping) and value.keys() != counts[0].keys():
             raise ValueError(
                 f"count must return the same keys for every micro-batch, but for {index} it returned "

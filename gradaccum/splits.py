@@ -124,7 +124,7 @@ def check_split(
 
 DRAWS = (
     "Cannot tell: the loss draws random numbers. "
-    "Draw them with the batch, before it is cut, or check the model in eval mode."
+    "Draw them with the batch, before it is split, or check the model in eval mode."
 )
 
 
@@ -141,8 +141,8 @@ def _judged(case: Case, found: Compared, dtype: torch.dtype | None) -> Split:
     if not small and relative_error(case.run(dtype).whole, found.whole) > max(limit, found.error / 10):
         return _cannot_tell(
             found,
-            "called again with the same batch, the loss has another gradient. It keeps a state, or draws from a "
-            "generator of its own.",
+            "called again with the same batch, the loss has a different gradient. It keeps a state, or draws from its "
+            "own generator.",
         )
     try:
         exact = case.run(torch.float64)
@@ -162,7 +162,7 @@ def _judged(case: Case, found: Compared, dtype: torch.dtype | None) -> Split:
     if limit < 1e-6 and limit <= exact.error < 1e-6:
         return _cannot_tell(
             exact,
-            f"a relative error of {exact.error:.1g} is much for float64 and little for float32, in which some of it "
+            f"a relative error of {exact.error:.1g} is large for float64 but small for float32, in which part of it "
             "may have been computed.",
         )
     if exact.error < limit and (apart := exact.apart(1e-5, single)):
@@ -170,8 +170,8 @@ def _judged(case: Case, found: Compared, dtype: torch.dtype | None) -> Split:
         return replace(
             _compared(case, exact, limit, torch.float64, ""),
             ok=False,
-            verdict=f"May not be cut so: {name} is {percent(error)} off, and {len(apart) - 1} more parameters are. "
-            f"Of the whole gradient it is little ({exact.error:.0e}), compared in float64.",
+            verdict=f"Cannot be split like this: {name} is {percent(error)} off, as are {len(apart) - 1} more. "
+            f"Over the whole gradient the error is small ({exact.error:.0e}), compared in float64.",
         )
     split = _compared(case, exact, limit, torch.float64, ", compared in float64")
     if not split or limit_of(lowest):
@@ -185,16 +185,16 @@ def _judged(case: Case, found: Compared, dtype: torch.dtype | None) -> Split:
 def _compared(case: Case, found: Compared, limit: float, dtype: torch.dtype | None, where: str) -> Split:
     if found.error < limit and not found.buffers:
         equal = f"{len(case.pieces)} pieces give the gradient of the whole batch"
-        return Split(True, found.error, [], f"May be cut: {equal} (relative error {found.error:.0e}{where}).")
+        return Split(True, found.error, [], f"Can be split: {equal} (relative error {found.error:.0e}{where}).")
     off = "" if found.error < limit else f"{percent(found.error)} off the whole batch's gradient{where}. "
     reason = _reason(case, found, limit, dtype)
-    return Split(False, found.error, found.buffers, f"May not be cut so: {off}{reason}")
+    return Split(False, found.error, found.buffers, f"Cannot be split like this: {off}{reason}")
 
 
 def _reason(case: Case, found: Compared, limit: float, dtype: torch.dtype | None) -> str:
     if found.error < limit:
         listed = ", ".join(found.buffers)
-        return f"the gradient is equal, but a forward remembers: these buffers end elsewhere: {listed}."
+        return f"the gradient is equal, but a forward changes state: these buffers end with other values: {listed}."
     said = ""
     try:
         ran, _ = case.watch(dtype)
@@ -215,17 +215,17 @@ def _reason(case: Case, found: Compared, limit: float, dtype: torch.dtype | None
         if relative_error(found.pieces, [None if one is None else factor * one for one in found.whole]) < limit:
             way = "same" if factor > 0 else "opposite"
             return (
-                f"{said}The pieces give {factor:.10g} times that gradient, in the {way} direction: look at what count "
-                "returns, and at a factor in loss or loss_sum."
+                f"{said}The pieces give {factor:.10g} times that gradient, in the {way} direction: check what count "
+                "returns, and any factor in loss or loss_sum."
             )
     try:
         uncut = case.run(dtype, pieces=[case.batch])
     except Exception:  # loss_sum need not take the whole batch
-        return f"{said}Items see each other, or a term is no sum over items."
+        return f"{said}Items see each other, or a term is not a sum over items."
     if not uncut.error < limit:
         return (
-            f"{said}The cut is not all: as one micro-batch, loss_sum / count is {percent(uncut.error)} off the loss "
-            "already, so the sum or the count is not this loss's, or a term in it is no sum over items."
+            f"{said}The split is not the only cause: as one micro-batch, loss_sum / count is already "
+            f"{percent(uncut.error)} off, so sum or count do not match this loss, or a term is not a sum over items."
         )
     said += "As one micro-batch, loss_sum / count is the loss"
     whole, pieces = (
@@ -234,8 +234,8 @@ def _reason(case: Case, found: Compared, limit: float, dtype: torch.dtype | None
     for key, one in whole.items():
         if one != pieces[key]:
             counts = f"the pieces count {pieces[key]} and it counts {one}"
-            return f"{said}, but {counts}: items are counted wrongly, or are missing."
-    return f"{said}: items see each other, or a term is no sum over items."
+            return f"{said}, but {counts}: items are miscounted or missing."
+    return f"{said}: items see each other, or a term is not a sum over items."
 
 
 def _cannot_tell(found: Compared, why: str) -> Split:

@@ -53,7 +53,7 @@ class _Meeting:
             raise RankError(f"Rank {rank} waits in {what}, but {', '.join(how)}.")
         if len(set(said)) > 1:
             told = "; ".join(f"rank {number} in {each}" for number, each in enumerate(said))
-            raise RankError(f"The ranks send different things and would wait for ever: {told}.")
+            raise RankError(f"The ranks call different collectives and would wait forever: {told}.")
 
     def _absent(self, turn: int) -> set[int]:
         return {rank for rank, came in enumerate(self._came) if came < turn}

@@ -86,13 +86,13 @@ def kind_of(facts: Facts) -> tuple[str, str]:
         if not close(right) or facts.error > 0.02:
             return ALIKE
         if facts.before:
-            return EARLIER, "Its micro-batches have been in an earlier step: step once a window, and clear after it."
+            return EARLIER, "Its micro-batches were in an earlier step already: step once per window, then clear."
         return "right", "Each micro-batch got its count over the window's."
     counted = [index for index, share in enumerate(right) if share]
     missing = [index for index in counted if abs(weights[index]) <= max(CLOSE * right[index], facts.uncertainty)]
     if len(counted) > 1 and missing == counted[:-1] and not facts.outside and not facts.elsewhere:
         return "only the last micro-batch", (
-            f"Only the last of {many} micro-batches is in it (weight {_number(weights[-1])}): "
+            f"Only the last of {many} micro-batches contributes (weight {_number(weights[-1])}): "
             "gradients are cleared inside the window."
         )
     if facts.outside or missing:
@@ -115,7 +115,7 @@ def kind_of(facts: Facts) -> tuple[str, str]:
         )
     if close([1 / many if share else 0.0 for share in right]):
         return "each mean over k", (
-            f"Each mean over {many}: micro-batches of {_listed(counts)} items got the same weight. "
+            f"Each mean was divided by {many}: micro-batches of {_listed(counts)} items got the same weight. "
             "Divide each sum by the window's count."
         )
     return _by_factor(facts)
@@ -124,15 +124,15 @@ def kind_of(facts: Facts) -> tuple[str, str]:
 EARLIER = "gradients of an earlier update"
 ALIKE = (
     "cannot be told apart",
-    "The micro-batches' gradients are too much alike or too small, or the parameters too few.",
+    "The micro-batches' gradients are too similar or too small, or there are too few parameters.",
 )
 
 
 def _unless_known(facts: Facts) -> tuple[str, str] | None:
     if not any(facts.right):
-        return "does not fit", "Its window counts nothing: there is no right gradient."
+        return "does not fit", "The count of its window is 0: there is no right gradient."
     if not facts.finite:
-        return "not finite", "The gradient is infinite or NaN: a loss was, or its scale was too large."
+        return "not finite", "The gradient is infinite or NaN: a loss was, or the loss scale was too large."
     if facts.residual > CLOSE:
         suspects = list(facts.suspects)
         if facts.residual < 2e-2:
@@ -140,20 +140,20 @@ def _unless_known(facts: Facts) -> tuple[str, str] | None:
         else:
             suspects = ["a further term or another loss", "a backward of another model", *suspects]
         return "no weighted sum", (
-            f"{percent(facts.residual)} of this gradient is no weighted sum of these losses' gradients. "
+            f"{percent(facts.residual)} of this gradient is not a weighted sum of these losses' gradients. "
             f"Suspects: {', '.join(suspects)}."
         )
     if facts.apart:
         name, share = facts.apart
         return "no weighted sum", (
-            f"Of {name}'s own gradient {percent(share)} is no weighted sum, though it is little of the whole: is it "
+            f"{percent(share)} of the gradient of {name} is not a weighted sum, though little of the whole: is it "
             "cleared, and trained by this loss alone?"
         )
     if facts.uncertainty > 0.05 * max(facts.right):
         return ALIKE
     if abs(facts.earlier) > CLOSE:
         return EARLIER, (
-            f"{_number(facts.earlier)} times the gradient of the update before is still in it: clear after each step."
+            f"It still contains {_number(facts.earlier)} times the previous update's gradient: clear after each step."
         )
     return None
 
@@ -161,13 +161,13 @@ def _unless_known(facts: Facts) -> tuple[str, str] | None:
 def _cut_elsewhere(facts: Facts, missing: Sequence[int]) -> tuple[str, str]:
     weights = [weight for index, weight in enumerate(facts.weights) if index not in missing] + [*facts.outside.values()]
     if weights and max(weights) - min(weights) > 0.5 * max(map(abs, weights)) and len(set(facts.counts)) == 1:
-        return "does not fit", "It holds other micro-batches than its window, with weights that are not alike."
+        return "does not fit", "It contains other micro-batches than its window, with different weights."
     of = f"{len(facts.weights) - len(missing)} of its window's {len(facts.weights)} micro-batches"
     if facts.outside:
         of += f" and {len(facts.outside)} of others"
     return "cut elsewhere", (
-        f"It holds {of}: the step comes elsewhere than after each {facts.steps} of an epoch, or gradients are cleared "
-        "on the way, or a micro-batch is taken for another."
+        f"It contains {of}: steps do not come after every {facts.steps} of an epoch, or gradients are cleared in "
+        "between, or a micro-batch is mistaken for another."
     )
 
 
@@ -181,23 +181,23 @@ def _by_factor(facts: Facts) -> tuple[str, str]:
         off = divisor * max(spread / factor, 1e-5)
         if off < 0.05 and 0.5 < divisor < 1000 and abs(divisor - round(divisor)) <= off:
             return "another divisor", (
-                f"Divided by {round(divisor)} where {total:g} items were counted: the gradient is {_number(factor)} of "
-                "the right one. See what is counted."
+                f"Divided by {round(divisor)} where {total:g} items were counted: the gradient is {_number(factor)} "
+                "times the right one. Check what is counted."
             )
         return "one common factor", (
-            f"All weights are {_number(factor)} times the right ones: clipping, which is no fault, or a scale that was "
-            "not taken off, or a number of processes."
+            f"All weights are {_number(factor)} times the right ones: by clipping, which is not a fault, by a "
+            "loss scale that was not removed, or by the number of processes."
         )
     counted = [weight for weight, _ in shares]
     if max(counted) - min(counted) <= CLOSE * max(counted):
         return "does not fit", (
-            f"Each micro-batch got {_number(counted[0])}, whatever it counts: a mean of means and a factor."
+            f"Each micro-batch got {_number(counted[0])}, whatever its count: a mean of means, times a factor."
         )
     if all(0 < weight <= (1 + CLOSE) * share for weight, share in shares):
         return "clipped or divided inside", (
-            "Each micro-batch lost another share: gradients are clipped, or divided, at each micro-batch."
+            "Each micro-batch lost a different share: gradients are clipped, or divided, at each micro-batch."
         )
-    return "does not fit", "The weights fit no kind that is known here: compare them with the right ones."
+    return "does not fit", "The weights match no known kind: compare them with the right ones."
 
 
 def _within(weights: Sequence[float], right: Sequence[float], by: float) -> bool:
@@ -207,7 +207,7 @@ def _within(weights: Sequence[float], right: Sequence[float], by: float) -> bool
 def _too_large(facts: Facts) -> str:
     if len(set(facts.counts)) == 1:
         return f"{len(facts.weights)} times too large"
-    return f"that of {len(facts.weights)} means added up, whatever they count"
+    return f"the sum of {len(facts.weights)} means, whatever their counts"
 
 
 def _listed(counts: Sequence[float]) -> str:

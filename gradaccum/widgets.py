@@ -101,7 +101,7 @@ class Prediction:
         judged = given if by_name else _number(str(given))
         if judged is None or (by_name and judged not in self.choices):
             wanted = f"one of {', '.join(map(repr, self.choices))}" if by_name else "a number"
-            raise ValueError(f"Guesses cannot be judged by {given!r}: give `right`, {wanted}.")
+            raise ValueError(f"Guesses cannot be compared with {given!r}: set `right` to {wanted}.")
         self._right, self.measured = judged, value
         self._answer = f"<b>{html.escape(value)}</b> {html.escape(meaning)}"
         self._shown = display(HTML(self._answer_html()), display_id=True)
@@ -235,7 +235,7 @@ def explore(view: Callable[..., tuple[Figure, str]], **controls: Sequence[Any]) 
     start = {name: parameter.default for name, parameter in inspect.signature(view).parameters.items()}
     for name, values in controls.items():
         if start.get(name) not in values:
-            raise ValueError(f"{name} starts at {start.get(name)!r}: give it a default that is one of {list(values)}.")
+            raise ValueError(f"The default of {name} is {start.get(name)!r}: set it to one of {list(values)}.")
     boxes = {name: _control(name, values, start[name]) for name, values in controls.items()}
     back = ipywidgets.Button(description="Back to the start", tooltip="Set every control to where it began")
     sentence = ipywidgets.HTML()

@@ -280,7 +280,7 @@ class Job:
         squares(model, self.mine[0]).backward()
         self.refused(model, RuntimeError, "set_requires_gradient_sync")
         model.set_requires_gradient_sync(True)
-        self.refused(model, ValueError, "passes that were not sent")
+        self.refused(model, ValueError, "that were not sent")
 
     def refused(self, model, kind, said, window=None, **options):
         with pytest.raises(kind) as caught:
@@ -310,12 +310,12 @@ class Job:
         model = sharded(mesh)
         if self.rank == 1:
             model.blocks[0].weight.grad = torch.zeros_like(model.blocks[0].weight)
-        self.refused(model, ValueError, "On rank 1: Parameter" if self.rank else "Rank 1 refused this window")
+        self.refused(model, ValueError, "On rank 1: Parameter" if self.rank else "Rank 1 raised an error")
         model.zero_grad()
         self.refused(
             model,
             ValueError,
-            "The window is empty" if self.rank else "Rank 1 refused",
+            "The window is empty" if self.rank else "Rank 1 raised",
             window=[] if self.rank else None,
         )
         self.exact(model)
@@ -332,7 +332,7 @@ class Job:
     def two_other_private_names(self):
         model = sharded(self.mesh())
         del model._get_fsdp_state()._fsdp_param_groups
-        self.refused(model, NotImplementedError, "elsewhere than torch 2.13 does")
+        self.refused(model, NotImplementedError, "other internals than in torch 2.13")
 
     def two_alone(self):
         model = copy.deepcopy(START)
@@ -487,7 +487,7 @@ class Job:
             calls.append(rows)
             return sum(squares(model, rows) for model in models[: 1 if len(calls) == 2 else 2])
 
-        with pytest.raises(RuntimeError, match="did not call the model that was given"):
+        with pytest.raises(RuntimeError, match="did not call the model given"):
             accumulate(models, self.deal[0], loss_sum, len)
 
     def two_memories(self):
@@ -520,7 +520,7 @@ class Job:
                 )
                 for report, right in zip((predicted.first, predicted), measured, strict=True):
                     assert (report.peak_bytes, report.start_bytes, report.end_bytes, report.at_peak) == right
-        with pytest.raises(NotImplementedError, match="DistributedDataParallel is not predicted"):
+        with pytest.raises(NotImplementedError, match="DistributedDataParallel cannot be predicted"):
             predict_memory(lambda: DistributedDataParallel(nn.Linear(1, 1)), len, device="cpu")
 
     # --- four ---
@@ -533,7 +533,7 @@ class Job:
             self.refused(
                 model,
                 ValueError,
-                "it returned -1" if self.rank == 3 else "Rank 3 refused",
+                "it returned -1" if self.rank == 3 else "Rank 3 raised",
                 count=lambda rows: torch.tensor(-1 if self.rank == 3 else 1),
             )
 

@@ -324,7 +324,7 @@ def test_each_fault_is_named(name, monkeypatch):
     if weights is not None:
         assert fault.weights == pytest.approx(weights, abs=1e-3 * max(max(weights), 0.01))
     if name == "dropout":
-        assert "Dropout, which draws random numbers anew" in fault.verdict
+        assert "Dropout, which draws new random numbers" in fault.verdict
     assert re.fullmatch(r"[A-Z0-9].*\.", fault.verdict)
 
 
@@ -505,7 +505,7 @@ def test_it_refuses_in_a_sentence():
             context(loss=loss, count=count) as seen,
         ):
             by_index(model, optimizer, seen(loader), K)
-    with pytest.raises(RuntimeError, match=r"No micro-batch was noted.*num_workers=0"), context():
+    with pytest.raises(RuntimeError, match=r"No micro-batch was recorded.*num_workers=0"), context():
         by_index(model, optimizer, loader, K)
     with context() as seen:
         pass
@@ -877,7 +877,7 @@ def test_lbfgs_moves_inside_its_step():
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=4)
     (update,) = run(model, optimizer, lambda loader: closure(model, optimizer, loader, 4), sizes=[4] * 4).updates
     assert update.kind == "no weighted sum"
-    assert "LBFGS, which moves inside its step" in update.verdict
+    assert "LBFGS, which changes parameters inside its step" in update.verdict
 
 
 def test_two_passes_over_a_window_are_two_updates():

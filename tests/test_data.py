@@ -58,7 +58,7 @@ def test_ignored_is_what_torch_leaves_out():
 def test_characters_depend_on_no_order():
     assert Characters(NAMES[::-1]).encode(NAMES[7]) == ALPHABET.encode(NAMES[7])
     for lines in ([], [""]):
-        with pytest.raises(ValueError, match="no character"):
+        with pytest.raises(ValueError, match="no characters"):
             Characters(lines)
     for refused in (lambda: ALPHABET.encode("OX?"), lambda: ALPHABET.batch(["OX", "OX?"])):
         with pytest.raises(ValueError, match=r"'OX\?' has '\?'.* 38 characters"):
@@ -73,7 +73,7 @@ def test_a_text_file_of_your_own(tmp_path):
     assert text_lines(path) == text_lines(str(path)) == ["Ein Fuß", "ein Fluß"]
     with pytest.raises(FileNotFoundError):
         text_lines(tmp_path / "none.txt")
-    for content, problem in ((b"", "holds no text"), (b" \n\t\n", "holds no text"), (b"Fu\xdf", "not UTF-8")):
+    for content, problem in ((b"", "has no text"), (b" \n\t\n", "has no text"), (b"Fu\xdf", "not UTF-8")):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=rf"own\.txt.*{problem}"):
             text_lines(path)

@@ -55,7 +55,7 @@ def test_relative_error(actual, expected, error):
         ([one, torch.ones(2, 3)], [one, torch.ones(3, 2)], ValueError, "Tensor 1 has shape (2, 3)"),
         ([one], [one, one], ValueError, "1 tensors and expected 2"),
         ([one, None], [one], ValueError, "2 tensors and expected 1"),
-        ([one], ["a"], TypeError, "expected must hold tensors or None, but 'a' is a str"),
+        ([one], ["a"], TypeError, "expected must contain tensors or None, but 'a' is a str"),
         ({"weight": one}, [one], TypeError, "'weight'"),
         (1.0, one, TypeError, "float"),
     ],

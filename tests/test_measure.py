@@ -236,7 +236,7 @@ def test_the_timeline_has_the_final_roles():
     assert len(timeline(memory)) > 40
     with measure_memory() as memory:
         pass
-    with pytest.raises(AttributeError, match=r"'timeline': ask for it with timeline=True"):
+    with pytest.raises(AttributeError, match=r"'timeline': request it with timeline=True"):
         memory.timeline  # noqa: B018
 
 
@@ -405,7 +405,7 @@ def test_the_report_reads_well():
     measure = measure_memory(batch)
     with measure as memory:
         batch = torch.zeros(400)
-        with pytest.raises(AttributeError, match=r"'peak_bytes'.*once the block has ended"):
+        with pytest.raises(AttributeError, match=r"'peak_bytes'.*when the block has ended"):
             memory.peak_bytes  # noqa: B018
     lines = repr(memory).splitlines()
     assert lines[0] == "Peak memory: 2,800 bytes (start 1,200, end 1,600)"
@@ -414,7 +414,7 @@ def test_the_report_reads_well():
         "  activations                    1,600    57.1%",
     ]
     assert len(lines) == 1 + len(ROLES)
-    with pytest.raises(RuntimeError, match="make a new one"), measure:
+    with pytest.raises(RuntimeError, match="create a new one"), measure:
         pass
 
 
@@ -431,13 +431,13 @@ def compiled_inside():
 @pytest.mark.parametrize(
     ("known", "error", "said"),
     [
-        ("cuda" * 1000, TypeError, "'cuda.*, a str: give it modules, optimizers, tensors"),
+        ("cuda" * 1000, TypeError, "'cuda.*, a str: pass modules, optimizers, tensors"),
         (None, TypeError, "None, a NoneType"),
         ([torch.zeros(2), object()], TypeError, "<object object at .* a object"),
         ([torch.zeros(2).as_subclass(Elsewhere)], NotImplementedError, "on the CPU here, not one on cpu: name the"),
         ([torch.eye(2).to_sparse()], NotImplementedError, "sparse_coo on cpu"),
         (torch.compile(nn.Linear(2, 2)), NotImplementedError, "compiled OptimizedModule"),
-        (compiled_inside(), NotImplementedError, "give it the plain module"),
+        (compiled_inside(), NotImplementedError, "pass the module that is not compiled"),
     ],
 )
 def test_what_cannot_be_followed_is_refused(known, error, said):
@@ -494,7 +494,7 @@ def test_a_device_counts_from_a_reset(counters):
     assert [name for name, _ in counters.calls] == ["synchronize", "peak", "reserved", "held"]
     assert (memory.start_bytes, memory.peak_bytes, memory.end_bytes, memory.reserved_bytes) == (100, 300, 50, 600)
     assert repr(memory) == "Peak memory: 300 bytes (start 100, end 50, reserved 600)"
-    with pytest.raises(AttributeError, match="'at_peak': ask for it with roles=True"):
+    with pytest.raises(AttributeError, match="'at_peak': request it with roles=True"):
         memory.at_peak  # noqa: B018
 
 
@@ -570,7 +570,7 @@ def on_a_pretended_device():
             timeline(memory)
             measured.append(memory)
         *others, _ = built
-        with pytest.raises(ValueError, match="lie on cpu and pretended:0: name one of them, device='pretended:0'"):
+        with pytest.raises(ValueError, match="are on cpu and pretended:0: name one of them, device='pretended:0'"):
             measure_memory(*others, torch.ones(2))
         with measure_memory(*others, torch.ones(2), device="pretended", roles=True) as both:
             elsewhere = torch.ones(3), torch.ones(3, device="meta")

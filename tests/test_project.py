@@ -238,7 +238,7 @@ def test_the_readme_s_loop_trains(capsys):
     assert not torch.equal(before, model[0].weight)
     names["loader"] = [characters.batch(["OX", "RAM", "ELEPHANT"])]
     exec(check, names)
-    assert capsys.readouterr().out.startswith("May be cut: 2 pieces give")
+    assert capsys.readouterr().out.startswith("Can be split: 2 pieces give")
 
     def train(loader):
         names["loader"] = loader

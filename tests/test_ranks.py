@@ -427,7 +427,7 @@ def thawed(model):
 FAULTS = {  # what is wrong on rank 1 alone: the model, the window and the options
     "stale": (stale, {}, ValueError, "zero_grad"),
     "uncovered": (uncovered, {}, ValueError, "'extra' is trainable and no engine averages it"),
-    "frozen later": (thawed, {}, ValueError, "freeze or unfreeze first"),
+    "frozen later": (thawed, {}, ValueError, "freeze or unfreeze parameters"),
     "negative": (None, {"count": lambda rows: torch.tensor(-1)}, ValueError, "for micro-batch 0 it returned -1"),
     "nan": (None, {"count": lambda rows: torch.tensor(math.nan)}, ValueError, "it returned nan"),
     "minus": (None, {"count": lambda rows: -2}, ValueError, "it returned -2"),
@@ -452,7 +452,7 @@ def test_one_ranks_fault_is_raised_on_all(fault):
 
     other, own = errors_of(2, work)
     assert (type(other), type(own)) == (kind, kind)
-    assert str(other) == "Rank 1 refused this window; its own error says why."
+    assert str(other) == "Rank 1 raised an error: see that rank."
     assert str(own).startswith("On rank 1: ")
     assert said in str(own)
     assert forwards == []
@@ -465,7 +465,7 @@ def test_an_error_of_count_is_raised_on_all():
 
     other, own = errors_of(2, work)
     assert (type(other), type(own)) == (RuntimeError, ZeroDivisionError)
-    assert "Rank 1 refused" in str(other)
+    assert "Rank 1 raised" in str(other)
 
 
 @pytest.mark.parametrize(
@@ -512,7 +512,7 @@ def test_engines_that_average_otherwise():
         accumulate(wrapped(group), DEAL[rank], None, len, alone=True)
 
     for work, kind, said in (
-        (within_no_sync, RuntimeError, "within no_sync()"),
+        (within_no_sync, RuntimeError, "inside no_sync()"),
         (nested, NotImplementedError, "averages too"),
         (alone, ValueError, "alone=True"),
     ):
@@ -627,7 +627,7 @@ def test_windows_refuse_together():
         return lambda rank, group: [list(window) for window in windows(loaders[rank], 1, group=group)]
 
     first, second = errors_of(2, work([[[1]], []]))
-    assert str(first) == str(second) == "Rank 1 has no micro-batch at all: give each rank one at least."
+    assert str(first) == str(second) == "Rank 1 has no micro-batch: give each rank at least one."
     first, second = errors_of(2, work([[[1], [2]], failing()]))
     assert (type(first), type(second)) == (RuntimeError, OSError)
     assert run_ranks(2, work([[], []])) == [[], []]

@@ -197,7 +197,7 @@ RIGHT = {
     "dropout twice": lambda: by_items(mlp(nn.Dropout(), nn.Linear(6, 6), nn.Dropout()), classes, classes_sum),
 }
 SUM, FACTOR, SEE, BATCH_NORM = (
-    "the sum or the count is not this loss's",
+    "sum or count do not match this loss",
     "in the same direction",
     "see each other",
     ("BatchNorm ('1') normalizes each micro-batch"),
@@ -273,7 +273,7 @@ def test_what_may_be_cut(name, dtype):
     assert (split.ok, bool(split), split.buffers) == (True, True, [])
     assert split.error < (1e-6 if dtype is None else 1e-12)
     assert str(split) == split.verdict
-    assert split.verdict.startswith("May be cut: 3 pieces")
+    assert split.verdict.startswith("Can be split: 3 pieces")
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -286,7 +286,7 @@ def test_what_may_not_be_cut(name):
     assert (split.ok, bool(split)) == (False, False)
     assert split.error == pytest.approx(expected, rel=0.001)
     assert said in split.verdict
-    assert split.verdict.startswith("May not be cut so: ")
+    assert split.verdict.startswith("Cannot be split like this: ")
 
 
 def test_the_oracle_agrees_where_cuts_are_right():
@@ -299,7 +299,7 @@ def test_a_buffer_that_ends_elsewhere_is_named():
     split = check_split([model, other], ROWS, loss, ROWS.split(SIZES), loss_sum, count)
     assert (split.ok, split.buffers) == (False, ["0.1.mean"])
     assert split.error < 1e-6
-    assert "a forward remembers: these buffers end elsewhere: 0.1.mean" in split.verdict
+    assert "a forward changes state: these buffers end with other values: 0.1.mean" in split.verdict
 
 
 class DropPath(nn.Module):
@@ -496,7 +496,7 @@ def test_pieces_that_are_not_the_batch():
     assert "the pieces count 11 and it counts 16" in split.verdict
     model, loss, loss_sum, count = by_items(mlp(), pairs, lambda *a: pairs(*a) * len(a[2]))
     split = check_split(model, tuple(ROWS), lambda t: loss(torch.stack(t)), ROWS.split(SIZES), loss_sum, count)
-    assert split.verdict.endswith("Items see each other, or a term is no sum over items.")
+    assert split.verdict.endswith("Items see each other, or a term is not a sum over items.")
 
 
 def test_pairs_of_one_have_no_gradient():
@@ -721,11 +721,11 @@ def freezing():
         (freezing, True, ""),
         (lambda: by_items(mlp(Standing()), classes, classes_sum), True, ""),
         (lambda: by_items(mlp(Rotary()), classes, classes_sum), True, ""),
-        (lambda: by_items(mlp(Shadow()), classes, classes_sum), False, "elsewhere: 1.copy.weight"),
+        (lambda: by_items(mlp(Shadow()), classes, classes_sum), False, "other values: 1.copy.weight"),
         (lambda: by_items(mlp(Reentrant()), classes, classes_sum), True, ""),
         (lambda: by_items(mlp(Eight()), classes, classes_sum), False, ""),
         (masked, True, ""),
-        (lambda: two_towers(3e-7), False, "Of the whole gradient it is little"),
+        (lambda: two_towers(3e-7), False, "Over the whole gradient the error is small"),
         (complex_numbers, True, ""),
         (lambda: complex_numbers(-1), False, "-1 times that gradient, in the opposite direction"),
         (lambda: sparse(lambda r: 3 * len(r)), True, ""),

@@ -109,10 +109,10 @@ def test_an_answer_is_written_plainly(screen, answer, shown):
 @pytest.mark.parametrize(
     ("choices", "right", "sentence"),
     [
-        (["half", "double"], None, "by '2': give `right`, one of 'half', 'double'"),
-        (["half", "double"], "twice", "by 'twice'"),
-        ({"half": 0.5}, "2 of 3", "by '2 of 3': give `right`, a number"),
-        ((), float("nan"), "by nan: give `right`, a number"),
+        (["half", "double"], None, "with '2': set `right` to one of 'half', 'double'"),
+        (["half", "double"], "twice", "with 'twice'"),
+        ({"half": 0.5}, "2 of 3", "with '2 of 3': set `right` to a number"),
+        ((), float("nan"), "with nan: set `right` to a number"),
     ],
 )
 def test_an_answer_no_guess_can_meet_is_refused(screen, choices, right, sentence):
@@ -245,7 +245,7 @@ def test_explore_refuses_what_cannot_start(screen):
     with pytest.raises(ZeroDivisionError):
         widgets.explore(lambda steps=0: 1 / steps, steps=[0, 1])
     for view in (lambda steps: None, lambda steps=3: None, lambda other=1: None):
-        with pytest.raises(ValueError, match=r"steps starts at .*: give it a default that is one of \[1, 2\]"):
+        with pytest.raises(ValueError, match=r"The default of steps is .*: set it to one of \[1, 2\]"):
             widgets.explore(view, steps=[1, 2])
     assert screen.shown == []
 

@@ -17,16 +17,16 @@ from gradaccum.verdicts import CLOSE, Facts, kind_of, percent
 Numbers = list[float]
 NO_SUM = "no weighted sum"
 NO_WEIGHTED_SUM = (
-    "of this gradient is no weighted sum of the micro-batches' gradients: is it of another loss or an earlier window, "
-    "did the model change inside this one, or was a part of the gradient changed by itself?"
+    "of this gradient is not a weighted sum of the micro-batches' gradients: is it from another loss or an earlier "
+    "window, did the model change inside this window, or was only a part of the gradient changed?"
 )
 # The audit's sentences in TRUE are true of any code with such weights. The others guess at the code, which the learner
 # can see: they are asked as questions.
 TRUE = ("not divided", "a partial window over k", "each mean over k")
 ASKED = {
-    "only the last micro-batch": "Only the last micro-batch is in it: are the gradients cleared inside the window, or "
-    "is backward called after its loop?",
-    "clipped or divided inside": "Each micro-batch lost another share: are gradients clipped, or divided, at each "
+    "only the last micro-batch": "Only the last micro-batch contributes: are the gradients cleared inside the window, "
+    "or is backward called after its loop?",
+    "clipped or divided inside": "Each micro-batch lost a different share: are gradients clipped, or divided, at each "
     "micro-batch?",
 }
 

@@ -63,9 +63,9 @@ def storages_on(device: torch.device, tree: object) -> Iterator[tuple[torch.Unty
             yield tree.untyped_storage(), tree
         elif here:
             # A sparse gradient could be tracked, but under a mode autograd makes a copy that it otherwise would not.
-            raise NotImplementedError(f"measure_memory follows dense tensors, not one in {tree.layout} on {device}.")
+            raise NotImplementedError(f"measure_memory tracks dense tensors, not one in {tree.layout} on {device}.")
         elif device is CPU and not tree.is_meta:  # a meta tensor has no memory
-            given = f"measure_memory follows tensors on the CPU here, not one on {tree.device}"
+            given = f"measure_memory tracks tensors on the CPU here, not one on {tree.device}"
             raise NotImplementedError(f"{given}: name the device to measure, device={str(tree.device)!r}.")
     elif isinstance(tree, list | tuple | dict):
         for item in tree.values() if isinstance(tree, dict) else tree:

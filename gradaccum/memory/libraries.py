@@ -83,5 +83,5 @@ def refuse_quantized(optimizer: torch.optim.Optimizer) -> None:
     """
     name = type(optimizer).__name__
     if re.search("(4|8)bit|fp8", name, re.IGNORECASE):
-        given = f"{name} is not predicted: its kernels make its state out of sight"
-        raise NotImplementedError(f"{given}, so predict torch's AdamW or SGD in its place, which hold more.")
+        given = f"{name} cannot be predicted, since its own kernels allocate its state"
+        raise NotImplementedError(f"{given}: predict torch's AdamW or SGD instead, which use more memory.")

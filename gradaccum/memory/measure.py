@@ -68,8 +68,8 @@ class MemoryReport:
     def __getattr__(self, name: str) -> Any:
         names = list(MemoryReport.__annotations__)
         if name in names and "peak_bytes" in vars(self):
-            raise AttributeError(f"No {name!r}: ask for it with {name if name == 'timeline' else 'roles'}=True.")
-        raise AttributeError(f"No {name!r}: {', '.join(names)} are there once the block has ended.")
+            raise AttributeError(f"No {name!r}: request it with {name if name == 'timeline' else 'roles'}=True.")
+        raise AttributeError(f"No {name!r}: {', '.join(names)} are available when the block has ended.")
 
     def __repr__(self) -> str:
         reserved = f", reserved {self.reserved_bytes:,}" if self.reserved_bytes else ""
@@ -159,14 +159,14 @@ class measure_memory(Following):  # type: ignore[no-untyped-call]
         ]
         if self._follows and compiled:
             given = f"measure_memory was given a compiled {compiled[0]} and would measure it uncompiled"
-            raise NotImplementedError(f"{given}: give it the plain module, and run that one in the block.")
+            raise NotImplementedError(f"{given}: pass the module that is not compiled, and run it in the block.")
         super().__init__(found, optimizers, ranks.sharded_in(modules), chosen, timeline)
         if self._follows:
             list(storages_on(self._device, self._known))  # raises for unsupported tensors, before anything is changed
 
     def __enter__(self) -> MemoryReport:
         if not self._known:
-            raise RuntimeError("This measure_memory(...) was entered before: make a new one for each block.")
+            raise RuntimeError("This measure_memory(...) was entered before: create a new one for each block.")
         self._report = MemoryReport()
         start = self._counters.start() if self._counters else 0
         if self._follows:
@@ -218,7 +218,7 @@ def _sort(
             _sort(item, known, optimizers, modules, nested=True)
     elif not (nested and (thing is None or isinstance(thing, str | bytes | int | float))):
         given = f"measure_memory was given {thing!r:.80}, a {type(thing).__name__}"
-        raise TypeError(f"{given}: give it modules, optimizers, tensors, or lists, tuples and dicts of them.")
+        raise TypeError(f"{given}: pass modules, optimizers, tensors, or lists, tuples and dicts of them.")
 
 
 def optimizers_in(thing: object) -> list[torch.optim.Optimizer]:
@@ -255,18 +255,18 @@ def chosen_device(named: str | torch.device | None, tensors: Iterable[Tensor]) -
     if named is None:
         found = sorted({str(tensor.device) for tensor in tensors if not tensor.is_meta})
         if len(found) > 1:
-            raise ValueError(f"The tensors given lie on {' and '.join(found)}: name one of them, device={found[-1]!r}.")
+            raise ValueError(f"The given tensors are on {' and '.join(found)}: name one of them, device={found[-1]!r}.")
         named = found[0] if found else "cpu"
     try:
         device = torch.device(named)
     except (RuntimeError, TypeError):
-        raise TypeError(f'device must be such as "cpu" or "cuda", but {named!r:.80} was given.') from None
+        raise TypeError(f'device must be a device such as "cpu" or "cuda", but {named!r:.80} was given.') from None
     if device.type == "cpu":
         return CPU
     here, count = torch.accelerator.current_accelerator(check_available=True), torch.accelerator.device_count()
     if here is None or here.type != device.type or (device.index or 0) >= count:
         there = ", ".join(["cpu", *(f"{here.type}:{index}" for index in range(count) if here)])
-        raise ValueError(f"There is no {device} here, only {there}: name one of these, or predict for a device.")
+        raise ValueError(f"There is no {device} here, only {there}: name one of these, or use predict_memory.")
     return torch.device(device.type, torch.accelerator.current_device_index() if device.index is None else device.index)
 
 

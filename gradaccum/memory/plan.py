@@ -136,7 +136,7 @@ def _budget_bytes(budget: int | str) -> int:
         found = isinstance(budget, str) and re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT]?)(i?)B\s*", budget, re.I)
         if not found:
             raise (ValueError if isinstance(budget, str) else TypeError)(
-                f'budget must be an int of bytes, or such as "24 GB" or "24 GiB", but {budget!r:.80} was given.'
+                f'budget must be an int in bytes or a string such as "24 GB" or "24 GiB", but {budget!r:.80} was given.'
             )
         number = float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " ")
     if number < 1:

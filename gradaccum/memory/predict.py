@@ -124,7 +124,7 @@ def predict_memory(
     for name, function in (("build", build), ("step", step)):
         if not callable(function):
             given = f"{name} must be a function, but {function!r:.80} is of type {type(function).__name__}"
-            raise TypeError(f"{given}: give the function itself, not what it returns.")
+            raise TypeError(f"{given}: pass the function itself, not its result.")
     with progress("predicting") as tick:
         return _predict(build, step, predicted_type(device), tick, timeline)
 
@@ -205,5 +205,5 @@ def predicted_type(device: object) -> str:
     except (RuntimeError, TypeError):
         raise TypeError(f'device must be "cuda" or "cpu", but {device!r:.80} was given.') from None
     if kind not in ("cpu", "cuda"):
-        raise NotImplementedError(f'Memory is predicted for "cuda" and "cpu", not for {kind!r}: give one of the two.')
+        raise NotImplementedError(f'Memory is predicted for "cuda" and "cpu", not for {kind!r}: use one of these.')
     return str(kind)

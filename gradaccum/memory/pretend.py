@@ -69,7 +69,7 @@ class DeviceFunctions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         if name in _OUT_OF_SIGHT:
-            raise NotImplementedError(f"The memory of {name} is not predicted: its kernels hold some out of sight.")
+            raise NotImplementedError(f"The memory of {name} cannot be predicted: its kernels use untracked memory.")
         if func is Tensor.__deepcopy__ and args[0].is_leaf:
             return _deepcopy(*args)
         if not self._cuda:
@@ -164,14 +164,14 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         except DynamicOutputShapeException as error:
             result = self._sized(func, args, kwargs, error)
         except UnsupportedOperatorException as error:
-            raise NotImplementedError(f"torch does not know the shapes that {func} makes.") from error
+            raise NotImplementedError(f"torch cannot infer the result shapes of {func} without data.") from error
         except AssertionError as error:
             foreign = (x for x in followed([args, kwargs]) if getattr(x, "fake_mode", None) is not self._fakes)
             real = next(foreign, None)
             if real is None:
                 raise
-            shape = f"A tensor of shape {tuple(real.shape)} made outside of build was used in {func}"
-            raise ValueError(f"{shape}: make the model, the optimizer and the data inside build.") from error
+            shape = f"A tensor of shape {tuple(real.shape)} created outside of build was used in {func}"
+            raise ValueError(f"{shape}: create the model, the optimizer and the data inside build.") from error
         if func is _aten.lift_fresh.default and (
             # Created in step() without a device: a step counter, which stays on the host with CUDA.
             self._stepping if self._device == "cuda" else not args[0].untyped_storage().resizable()  # NumPy's
@@ -190,7 +190,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is not _aten._local_scalar_dense.default:
             known = self._values.shaped(func, args, kwargs)
             if known is None:
-                raise NotImplementedError(f"{func} depends on values, which a prediction has none of.") from error
+                raise NotImplementedError(f"{func} depends on values, which a prediction does not have.") from error
             return known
         if args[0].untyped_storage() in self._overflows:
             return 0.0  # so that a GradScaler steps
@@ -208,8 +208,8 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(args[0], list(made))
         known = self._values.shaped(func, args, kwargs)
         if known is None:
-            given = f"{func} makes a tensor whose size depends on values, which a prediction has none of"
-            raise NotImplementedError(f"{given}: use torch.where or a mask that is multiplied.") from error
+            given = f"{func} returns a tensor whose size depends on values, which a prediction does not have"
+            raise NotImplementedError(f"{given}: use torch.where, or multiply by a mask.") from error
         make = self._fakes.from_tensor
         return make(known) if isinstance(known, Tensor) else type(known)(make(each) for each in known)
 
@@ -217,7 +217,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Let an optimizer use CUDA's default implementation; raise for an unsupported optimizer."""
         if isinstance(optimizer, torch.optim.LBFGS):
             raise NotImplementedError(
-                "LBFGS is not predicted: how often it evaluates and what it keeps is up to values."
+                "LBFGS cannot be predicted: the number of its evaluations and its state depend on values."
             )
         refuse_quantized(optimizer)
         self._stepping = True
@@ -262,11 +262,11 @@ def _replaced(device: str) -> Iterator[None]:
             return engine(*args, **options)
 
     def compiled(*args: Any, **options: Any) -> None:
-        raise NotImplementedError("Compiled code is not predicted: leave torch.compile out of build and step.")
+        raise NotImplementedError("Compiled code cannot be predicted: leave torch.compile out of build and step.")
 
     def replicated(*args: Any, **options: Any) -> None:
         raise NotImplementedError(
-            "DistributedDataParallel is not predicted, since its buckets are made out of sight: predict the model that "
+            "DistributedDataParallel cannot be predicted, since its buckets cannot be tracked: predict the model that "
             "it wraps, and add the bytes of the gradients once."
         )
 

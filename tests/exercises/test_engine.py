@@ -255,7 +255,7 @@ def test_no_row_where_the_weights_are_not_known(got, means):
 
 def test_how_much_is_no_weighted_sum_is_said():
     said = weighed(summed([0.3, 0.3, 0.3], rest=0.3)).said
-    assert re.match(r"[\d.]+ % of this gradient is no weighted sum of the micro-batches' gradients: is it ", said)
+    assert re.match(r"[\d.]+ % of this gradient is not a weighted sum of the micro-batches' gradients: is it ", said)
     off, held = OTHER, summed([0.3, 0.3, 0.3], rest=0.3)
     matrix = torch.tensor([*MEANS.values()], dtype=torch.float64).T
     off = torch.tensor(off, dtype=torch.float64)
@@ -268,9 +268,9 @@ def test_how_much_is_no_weighted_sum_is_said():
     [
         ([1, 1, 1], (4, 4, 4), "Each micro-batch got the weight 1: the gradient is 3 times too large. Divide by the"),
         ([8, 4, 4], (8, 4, 4), "Each item got the weight 1: losses are summed, and the gradient is 16 times too large"),
-        ([1 / 3] * 3, (8, 4, 4), "Each mean over 3: micro-batches of 8, 4 and 4 items got the same weight."),
-        ([0, 0, 1 / 3], (4, 4, 4), "Only the last micro-batch is in it: are"),
-        ([1 / 3, 1 / 6, 1 / 9], (4, 4, 4), "Each micro-batch lost another share: are"),
+        ([1 / 3] * 3, (8, 4, 4), "Each mean was divided by 3: micro-batches of 8, 4 and 4 items got the same weight."),
+        ([0, 0, 1 / 3], (4, 4, 4), "Only the last micro-batch contributes: are"),
+        ([1 / 3, 1 / 6, 1 / 9], (4, 4, 4), "Each micro-batch lost a different share: are"),
         ([1 / 4] * 3, (4, 4, 4), "That is as if each mean were divided by 4, where 3 micro-batches are in the window."),
         ([8 / 17, 4 / 17, 4 / 17], (8, 4, 4), "That is as if each sum were divided by 17, where 16 items count."),
         ([0.3, 0.15, 0.15], (8, 4, 4), ""),

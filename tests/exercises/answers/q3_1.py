@@ -493,7 +493,7 @@ WEIGHED = [
     (joins_two_at_a_time, "s 1/6, 1/6, 1/6, 1/6, 1/3 and should have 1/5 each", ""),
     (takes_the_first_to_look_at, "s 0, 1 and should have 1/2 each", ""),
     (stops_before_the_last, "s 1/2, 0 and should have 1/2 each", ""),
-    (rescales_after_the_new_one, "s 1/2, 1/4 and should have 1/2 each", "Each micro-batch lost another share: are"),
+    (rescales_after_the_new_one, "s 1/2, 1/4 and should have 1/2 each", "Each micro-batch lost a different share: are"),
     (divides_in_the_loop, "s 0.00833, 0.00833, 0.0167, 0.05, 0.2 and should have 0.2 each", ""),
     (clips_at_each, "s 0.00392, 0.0472 and should have 0.5 each", ""),
     (smooths_the_labels, "", "of this gradient is no weighted sum"),
