@@ -70,7 +70,7 @@ def find(identifier: str) -> Question:
         return _loaded(identifier)
     head = f"{str(identifier).partition('.')[0]}."
     near = [each for each in IDENTIFIERS if each.startswith(head)] or [f"{lesson}.1" for lesson in LESSONS]
-    raise ValueError(f"There is no exercise {identifier!r}: there is {', '.join(near)}.")
+    raise ValueError(f"There is no exercise {identifier!r}: choose one of {', '.join(near)}.")
 
 
 @cache
@@ -186,7 +186,7 @@ def reset(identifier: str) -> None:
         shell.set_next_input(text, replace=True)
         is_clear = row.best and identifier not in progress.known()  # a read-only file keeps them
         cleared = f", and its {row.best} of {question.points} points are cleared" if is_clear else ""
-        print(f"{identifier} is as it came{cleared}.")
+        print(f"{identifier} is reset{cleared}.")
 
 
 def _stored(identifier: str, what: str) -> str:

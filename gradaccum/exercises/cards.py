@@ -61,7 +61,7 @@ def _headline(outcome: Outcome) -> str:
 
 def _worth(result: Result) -> str:
     if result.points == 0:
-        return "no points, but it held in the given code"
+        return "no points, but it worked in the given code"
     if result.points < 0:
         return f"{-result.points} point off"
     return f"{result.points} point{'' if result.points == 1 else 's'}"
@@ -228,7 +228,7 @@ class Scorecard:
             if row.score is not None and row.best < row.question.points:
                 missing = next((r.name for r in row.score.outcome.results if not r.passed), "")
                 return f"{named}. Not there yet: {missing}."
-        return "All of it. Go on with the next lesson."
+        return "All exercises are solved. Go on with the next lesson."
 
     def _lines(self) -> list[str]:
         share = f"exercises.card({self.rows[0].question.id.partition('.')[0]})"

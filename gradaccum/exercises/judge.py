@@ -11,10 +11,10 @@ from gradaccum.exercises.question import Answer, Case, Mistake, Property, Questi
 from gradaccum.exercises.run import Observed, Seen, observe, quietly, watch
 from gradaccum.exercises.weighing import Weights, weigh
 
-LEFT = "what it is given is left as it was"
+LEFT = "the arguments are left as they were"
 AGAIN = "This counts once what worked in the given code works again."
-SAME = "For the same reason, which is named below."
-UNKNOWN = "There may be more: mend this first, then run the check again."
+SAME = "For the same reason, named below."
+UNKNOWN = "There may be more: fix this first, then run the check again."
 
 
 class Result(NamedTuple):
@@ -76,7 +76,7 @@ def _judged_whole(question: Question, observed: Observed, seed: int | str) -> Ou
     outcome = Outcome(question, points, results, printed=observed.printed)
     if any(result.passed is False and result.points == 0 for result in results):
         outcome.points = 0
-        outcome.note = "Something that worked in the given code no longer does: that has to hold first."
+        outcome.note = "Something that worked in the given code no longer does: fix that first."
         results[:] = [one._replace(passed=None, problem=AGAIN) if one.passed else one for one in results]
     if changed := next((one.changed for each in seen for one in each if one.changed), ""):
         results.append(Result(LEFT, -1, False, problem=changed))
@@ -162,7 +162,7 @@ def _recognized(
         if theirs:
             explains.append((known, theirs))
     if question.given:
-        unrepaired = Mistake(question.given, "What the given code does wrong is still there.")
+        unrepaired = Mistake(question.given, "The bug of the given code is still there.")
         if _explained(question, unrepaired, seen, passed, seed) == failed:
             return unrepaired, unrepaired.sentence
     for first, theirs in explains:

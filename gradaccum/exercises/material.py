@@ -124,7 +124,7 @@ def update_with(fill: Callable[..., Any]) -> Callable[..., Any]:
 
 def verdict(is_right: Callable[..., Any], text: str, does: str) -> bool:
     """Return a learner's verdict on the step that fills with `text`; raise if it is neither True nor False."""
-    trying(f"a step that {does}", AssertionError="A test here answers: return False where you would assert.")
+    trying(f"a step that {does}", AssertionError="A test here returns its verdict: return False instead of asserting.")
     found = is_right(update_with(function_of(text)))
     if isinstance(found, bool):
         return found
@@ -402,7 +402,7 @@ def accumulated(answer: Callable[..., Any], loss: str, model: nn.Module, window:
         except NotImplementedError:  # the learner may write one loss after the other
             raise TypeError(f"{loss!r} is not written yet.") from None
         if not isinstance(found, tuple | list) or len(found) != 2:
-            raise TypeError(f"A pair is asked for, and for {loss!r} came {'None' if found is None else 'no pair'}.")
+            raise TypeError(f"For {loss!r} {'None' if found is None else 'no pair'} was returned: return a pair.")
         pairs.append(found)
     done = accumulate(model, range(len(pairs)), lambda index: pairs[index][0], lambda index: pairs[index][1])
     return {"gradient": gradient(model), "loss": returned_mean(done.loss)}
@@ -443,7 +443,7 @@ def peak_of(peak: dict[str, int], samples: int) -> Callable[[int], int]:
 
     def asked(micro_batch: int) -> int:
         if micro_batch not in range(1, samples + 1):
-            raise ValueError(f"peak_of takes an int from 1 to {samples:,}, and was called with {micro_batch}.")
+            raise ValueError(f"peak_of takes an int from 1 to {samples:,}, but was called with {micro_batch}.")
         return peak["base"] + peak["for each sample"] * max(least, -(-int(micro_batch) // step) * step)
 
     return asked

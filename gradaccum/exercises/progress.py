@@ -106,16 +106,16 @@ def counted() -> str:
     path = place() if is_on() else None
     if path is None:
         off = f" ({SWITCH} is off)" if os.environ.get(SWITCH) else ""
-        return f"Counted is the best check of each exercise since the notebook was started; nothing is kept{off}."
+        return f"The best check of each exercise since the notebook was started counts; nothing is saved{off}."
     shown = _shown(path)
     if _read(path) is None:
-        why = f"{shown} cannot be read, and is left alone until you move it"
+        why = f"{shown} cannot be read, and is not changed until you move it"
     elif _unwritten:
         why = f"{shown} cannot be written"
     else:
         what = "points, day and a short fingerprint of the answer, for you alone"
-        return f"Counted is the best check of each exercise, in earlier sessions too: {shown} keeps {what}."
-    return f"Counted is the best check of each exercise since the notebook was started; nothing is kept: {why}."
+        return f"The best check of each exercise counts, in earlier sessions too: {shown} keeps {what}."
+    return f"The best check of each exercise since the notebook was started counts; nothing is saved: {why}."
 
 
 def digest(answer: object) -> str:

@@ -73,13 +73,11 @@ def observe(question: Question, answer: Answer, seed: int | str = 0, seconds: fl
     """Run an answer on every case of a question, in float64, and record plain data; nothing is compared here."""
     if not callable(answer):
         text = (
-            f"{question.id} takes a function, but {shown(answer, 80)} was given: name the function without calling it."
+            f"{question.id} takes a function, but {shown(answer, 80)} was given: pass the function without calling it."
         )
         return Observed([[Seen(problem="TypeError", text=text)]])
     if question.given is not None and _is_unchanged(answer, question.given):
-        text = (
-            "Not changed yet, or the changed cell did not run, or with another name: this is the code as it was given."
-        )
+        text = "Not changed yet: this is still the given code. Did the changed cell run, and with the same name?"
         return Observed([[Seen(problem="not changed", text=text)]])
     observed = Observed([])
     with quietly() as captured:
@@ -133,7 +131,7 @@ def watch(
     except KeyboardInterrupt:
         seen.append(Seen(problem="stopped", text="You stopped this check."))
     if called:
-        text = f"This calls gradaccum's finished `{min(called)}`, which is what you are asked to write: write it out."
+        text = f"This calls gradaccum's own `{min(called)}`, which you are asked to write yourself."
         seen = [Seen(problem="finished", text=text)]
     return seen
 
@@ -209,10 +207,10 @@ def _note_changes(given: list[tuple[str, Any]], before: dict[str, Any], changed:
     after = _state(given)
     different = [name for name in before | after if before.get(name, "missing") != after.get(name, "missing")]
     if different:
-        name, what = different[0].removesuffix(VALUES), "holds other values"
+        name, what = different[0].removesuffix(VALUES), "has other values"
         if name == different[0]:
             what = f"is {after.get(name, 'missing')} and was {before.get(name, 'missing')}"
-        changed.append(f"Afterwards {name} {what}: leave what you are given as it was.")
+        changed.append(f"Afterwards {name} {what}: leave the arguments as they were.")
 
 
 def _code_of(answer: Answer) -> types.CodeType | None:
@@ -275,7 +273,7 @@ def plain(value: Any) -> Plain:
             return [plain(item) for item in items(value)]
     if issubclass(given, dict):
         return {plain(key): plain(item) for key, item in dict.items(value)}
-    raise TypeError(f"This gave {shown(value, 80)}, which is no number, text or list of them.")
+    raise TypeError(f"This gave {shown(value, 80)}, which is not a number, a text or a list of them.")
 
 
 def shown(value: object, most: int) -> str:

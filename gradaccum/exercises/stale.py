@@ -27,7 +27,7 @@ def note(answer: object) -> str:
     given_back = any(re.search(rf"^{name} *[=:]", cell, re.M) for cell in raw[last:])
     if here >= last or given_back or not _failed(run[last], name):
         return ""
-    return f"Your last cell with `def {name}(` ended in an error: this is about the version before."
+    return f"Your last cell with `def {name}(` ended in an error: this is about the version before it."
 
 
 def _failed(cell: str, name: str) -> bool:

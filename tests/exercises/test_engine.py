@@ -494,7 +494,7 @@ def test_an_error_names_the_call_it_came_from():
     names = [does for does, _ in question.cases(0)[0][0]["steps"]]
     first = grade(question, asserts).results[0]
     assert first.tried == f"a step that {names[2]}"
-    assert first.problem.endswith(". A test here answers: return False where you would assert.")
+    assert first.problem.endswith(". A test here returns its verdict: return False instead of asserting.")
 
 
 @pytest.mark.parametrize(
@@ -577,7 +577,7 @@ def test_plain_data_has_no_methods_of_its_own():
     number = plain(OddNumber(0.5))
     assert (type(number), number) == (float, 0.5)
     assert plain({"a": (OddList([True, "b", 3]),)}) == {"a": [[True, "b", 3]]}
-    with pytest.raises(TypeError, match="This gave an object of type Odd, which is no number, text or list"):
+    with pytest.raises(TypeError, match="This gave an object of type Odd, which is not a number, a text or a list"):
         plain([Odd()])
 
 
@@ -660,7 +660,7 @@ def test_finished_functions_are_noticed():
 
     outcome = grade(DOUBLE, by_another_name)
     assert outcome.points == 0
-    assert outcome.note.startswith("This calls gradaccum's finished `windows`")
+    assert outcome.note.startswith("This calls gradaccum's own `windows`")
 
     def only_named(x):
         return 2 * x if accumulate else None
@@ -743,11 +743,11 @@ def switches_off(model, batches):
     [
         (leaves_evaluation_on, "Afterwards `model`.1 in training mode is False and was True"),
         (freezes, "Afterwards `model`.0.bias.requires_grad is False and was True"),
-        (runs_batch_norm, "Afterwards `model`.1.running_mean holds other values"),
+        (runs_batch_norm, "Afterwards `model`.1.running_mean has other values"),
         (halves, "Afterwards `model`.0.weight.dtype is torch.float16 and was torch.float64"),
         (pops, "Afterwards len of `batches` is 0 and was 1"),
         (squeezes, "Afterwards `batches`[0][0].shape is [1, 2, 2] and was [2, 2]"),
-        (overwrites, "Afterwards `batches`[0][1] holds other values"),
+        (overwrites, "Afterwards `batches`[0][1] has other values"),
         (switches_off, "Afterwards gradients being recorded is False and was True"),
     ],
 )
@@ -755,7 +755,7 @@ def test_what_an_answer_changes_costs_a_point(answer, sentence):
     outcome = grade(GIVEN, answer)
     assert outcome.points == 1
     assert outcome.results[-1].name == LEFT
-    assert outcome.results[-1].problem == f"{sentence}: leave what you are given as it was."
+    assert outcome.results[-1].problem == f"{sentence}: leave the arguments as they were."
     assert "(1 point off)" in Score(outcome).report
 
 
@@ -797,7 +797,7 @@ def test_unchanged_code_is_noticed_in_any_layout():
         assert grade(HUNT, answer).note.startswith("Not changed yet")
     outcome = grade(HUNT, lambda x: x * 3.0)
     assert outcome.recognized.answer is hunt, "changed, but still the same mistake"
-    assert outcome.mistake == "What the given code does wrong is still there."
+    assert outcome.mistake == "The bug of the given code is still there."
 
 
 def test_a_repair_that_breaks_more_earns_nothing():
@@ -860,7 +860,7 @@ def test_a_card_says_if_a_later_version_failed(cells, is_stale, monkeypatch):
         for cell in cells:
             shell.run_cell(cell, store_history=True)
     score = check("3.2", shell.user_ns["f"])
-    said = "Your last cell with `def f(` ended in an error: this is about the version before."
+    said = "Your last cell with `def f(` ended in an error: this is about the version before it."
     assert (said in score.report, score.stale != "") == (is_stale, is_stale)
     assert ("ended in an error" in score._repr_html_()) == is_stale
 

@@ -120,7 +120,7 @@ def test_a_file_that_is_not_ours_is_left_alone(file, text):
     file.write_text(text, "latin-1")
     assert check("3.2", right) == scorecard(3).points == 2
     assert file.read_text("latin-1") == text
-    assert "nothing is kept: copies/progress.json cannot be read, and is left alone" in repr(scorecard(3))
+    assert "nothing is saved: copies/progress.json cannot be read, and is not changed" in repr(scorecard(3))
 
 
 def test_other_entries_stay_and_odd_ones_are_void(file):
@@ -135,7 +135,7 @@ def test_a_check_works_where_nothing_is_writable(file, monkeypatch, error, capsy
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(error, os.strerror(error))))
     assert check("3.2", right) == 2
     assert capsys.readouterr() == ("", "")
-    assert "nothing is kept: copies/progress.json cannot be written." in repr(scorecard(3))
+    assert "nothing is saved: copies/progress.json cannot be written." in repr(scorecard(3))
     assert not [*file.parent.glob("progress*")]
 
 
@@ -150,7 +150,7 @@ def test_a_graded_run_neither_reads_nor_writes(file, monkeypatch, history):
     assert scorecard(3).points == 0
     score = check("3.2", half)
     assert (repr(score), score.so_far, file.read_bytes()) == ("1.0", "", before)
-    assert "nothing is kept" in repr(scorecard(3))
+    assert "nothing is saved" in repr(scorecard(3))
 
 
 def test_tests_and_the_builder_keep_nothing(monkeypatch):
@@ -176,7 +176,7 @@ def test_reset_clears_what_is_kept(file, capsys):
     exercises.reset("3.2")
     assert (entries(file), scorecard(3).points) == (OTHERS, 0)
     exercises.reset("3.2")
-    told = "3.2 is as it came, and its 2 of 2 points are cleared.\n3.2 is as it came.\n"
+    told = "3.2 is reset, and its 2 of 2 points are cleared.\n3.2 is reset.\n"
     assert capsys.readouterr().out == told
 
 

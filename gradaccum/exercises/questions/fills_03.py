@@ -38,9 +38,9 @@ def clear(model):
     model.zero_grad()
 
 
-K = "k, which you know when the last micro-batch is through"
-AGAIN = "The mean over a micro-batch is divided by its number of samples once more; the mean has done that already"
-SO_FAR = "Each loss is divided by how many micro-batches have come so far, which is k only for the last one"
+K = "k, which you know after the last micro-batch"
+AGAIN = "The mean over a micro-batch is divided by its number of samples once more; the mean has already done that"
+SO_FAR = "Each loss is divided by the number of micro-batches so far, which is k only for the last one"
 LAST = (
     "Only the last micro-batch is left: the gradients before it are cleared or overwritten, or backward is called for "
     "it alone; call it for each, and leave .grad alone in between."
@@ -49,18 +49,18 @@ TOTAL = (
     "backward() starts from a running total, so the first micro-batches are added again with each later one; call it "
     "on this micro-batch's own loss."
 )
-TOO_FEW = "The divisor is k - 1: where a count starts at 0, as in enumerate, the last one's number is one less than k."
+TOO_FEW = "The divisor is k - 1: if a count starts at 0, as in enumerate, the last number is k - 1."
 UNDIVIDED = f"Nothing divides by {K}."
 FILLS = [  # name, sentence, how it is made
     (
         "not_divided",
-        "Each micro-batch contributed its whole mean, so the gradient is k times too large; divide each .grad by k "
-        "when the last micro-batch is through, and keep the result: `p.grad /= k`.",
+        "Each micro-batch contributed its whole mean, so the gradient is k times too large; divide each .grad by "
+        "k after the last micro-batch, in place: `p.grad /= k`.",
         {"end": undivided},
     ),
     (
         "divided_by_samples",
-        f"{AGAIN}, and what is left to divide by is {K}.",
+        f"{AGAIN}, so divide only by {K}.",
         {"factor": lambda at: 1 / at.size, "end": undivided},
     ),
     (
@@ -76,12 +76,12 @@ FILLS = [  # name, sentence, how it is made
     ),
     (
         "divided_by_four",
-        "The divisor is always 4; it has to be the number of micro-batches that came.",
+        "The divisor is always 4; it must be the number of micro-batches.",
         {"end": lambda k: 4},
     ),
     (
         "divided_by_those_so_far",
-        f"{SO_FAR}; leave that out, and divide each .grad by k in the end.",
+        f"{SO_FAR}; leave that out, and divide each .grad by k at the end.",
         {"factor": lambda at: 1 / at.number, "end": undivided},
     ),
     (
@@ -91,8 +91,8 @@ FILLS = [  # name, sentence, how it is made
     ),
     (
         "divided_again_and_again",
-        "The collected gradient is divided by the count after each backward, so the first micro-batches are divided "
-        "many times; divide once, when the last one is through.",
+        "The collected gradient is divided by the count after each backward, so the first micro-batches are "
+        "divided many times; divide once, after the last one.",
         {"after": divide, "end": undivided},
     ),
     ("counted_one_too_few", TOO_FEW, {"end": lambda k: k - 1}),

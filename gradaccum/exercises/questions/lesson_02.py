@@ -106,7 +106,7 @@ def cleared_before_step(model, optimizer, micro_batches):
     optimizer.step()
 
 
-@mistake("There is a step for every micro-batch; a window makes one, after its last micro-batch.")
+@mistake("There is a step for every micro-batch; a window makes one step, after its last micro-batch.")
 def stepped_each_time(model, optimizer, micro_batches):
     for inputs, targets in micro_batches:
         cross_entropy(model(inputs), targets).backward()
@@ -115,8 +115,8 @@ def stepped_each_time(model, optimizer, micro_batches):
 
 
 @mistake(
-    "There is a step for every micro-batch, each by all that was collected so far; a window makes one, after its last "
-    "micro-batch."
+    "There is a step for every micro-batch, each with all gradients collected so far; a window makes one step, "
+    "after its last micro-batch."
 )
 def stepped_and_collected(model, optimizer, micro_batches):
     for inputs, targets in micro_batches:
@@ -126,8 +126,8 @@ def stepped_and_collected(model, optimizer, micro_batches):
 
 
 @mistake(
-    "The update uses the mean over the window, which is k times smaller than the sum that is asked for here; it is "
-    "lesson 3 that divides."
+    "The update uses the mean over the window, which is k times smaller than the sum asked for here; the "
+    "division comes in lesson 3."
 )
 def divided(model, optimizer, micro_batches):
     collect(model, micro_batches, 1 / len(micro_batches))
@@ -136,8 +136,8 @@ def divided(model, optimizer, micro_batches):
 
 
 @mistake(
-    "Each loss is divided by how many micro-batches have come so far; leave the division out: the update uses the sum "
-    "here, and it is lesson 3 that divides."
+    "Each loss is divided by the number of micro-batches so far; leave the division out: the update uses the sum "
+    "here, and the division comes in lesson 3."
 )
 def divided_by_those_so_far(model, optimizer, micro_batches):
     for i, (inputs, targets) in enumerate(micro_batches):

@@ -108,10 +108,10 @@ def each_epoch(train_epoch):
 EACH_BY_ITS_OWN = "divide each window by its own length."
 BY_K = f"The shorter window is divided by k, so its gradient is too small; {EACH_BY_ITS_OWN}"
 UNDIVIDED = f"The losses are not divided, so a window's gradient is too large; {EACH_BY_ITS_OWN}"
-REMAINDER = f"Every window is divided by len % k, the last one's length, or 0 where nothing is left; {EACH_BY_ITS_OWN}"
+REMAINDER = f"Every window is divided by len % k, the last one's length, or 0 if nothing is left; {EACH_BY_ITS_OWN}"
 SO_FAR = (
-    "Each loss is divided by the micro-batches so far, i + 1, and only the last of these is the length of a window; "
-    "divide all of a window by that."
+    "Each loss is divided by the number of micro-batches so far, i + 1, which is the window's length only for the "
+    "last one; divide all losses of a window by its length."
 )
 EACH_SAMPLE = f"The mean over a micro-batch is divided by its number of samples once more; {EACH_BY_ITS_OWN}"
 RUNNING_TOTAL = (
@@ -167,12 +167,12 @@ LOOPS = [  # name, sentence, when it steps, when it clears, and such divisors
     ),
     (
         "off_by_one",
-        "An epoch's first update is made from one micro-batch alone; an update comes after each k of them.",
+        "An epoch's first update uses only one micro-batch; update after every k.",
         *(first, first, ANY),
     ),
     (
         "first_or_last",
-        "The end is right, but each epoch's first update has one micro-batch; update after each k.",
+        "The end is right, but each epoch's first update uses only one micro-batch; update after every k.",
         *(lambda at: at.first or at.is_last, None, ANY),
     ),
     ("first_longer", FIRST_LONGER, lambda at: at.first and at.number > 1, None, ANY[:1]),
@@ -189,7 +189,7 @@ LOOPS = [  # name, sentence, when it steps, when it clears, and such divisors
     ),
     (
         "last_not_cleared",
-        "After a shorter window .grad is not cleared, and the next epoch finds it; clear it there too.",
+        "After a shorter window .grad is not cleared, and is still there in the next epoch; clear it there too.",
         *(ends, full, ENDING),
     ),
     (
@@ -224,5 +224,5 @@ def a_step_more(model, optimizer, micro_batches, k):
 
 
 EPOCH["a_step_more"] = mistake(
-    "After the loop there is one more step, also where nothing is left over; step there only if something is."
+    "After the loop there is one more step, even if nothing is left over; step there only if something is."
 )(a_step_more)

@@ -105,7 +105,10 @@ not_zero_counted = mistake(
 )(divided(lambda window: sum((targets != 0).sum() for _, targets in window)))
 
 
-@mistake("The divisor is the count so far, too small but for the last; count the window before the first backward.")
+@mistake(
+    "The divisor is the count so far, which is too small except for the last; count the window before the "
+    "first backward."
+)
 @filled_with
 def count_so_far(model, micro_batches):
     for index, each in enumerate(micro_batches, start=1):
@@ -187,7 +190,7 @@ def mean_of_means_returned(model, micro_batches):
     return sum(token_loss(model, each, "mean").item() for each in micro_batches) / len(micro_batches)
 
 
-@mistake("Nothing is returned; the mean loss over all targets is asked for, too.")
+@mistake("Nothing is returned; return the mean loss over all targets too.")
 def nothing_returned(model, micro_batches):
     by_count(model, micro_batches)
 

@@ -93,13 +93,13 @@ LOOPS = [  # name, sentence, how the loop is made
     ),
     (
         "stepped_each_time",
-        "There is a step for every piece; the batch makes one, after its last piece.",
+        "There is a step for every piece; the batch makes one step, after its last piece.",
         {"after": (STEP, CLEAR), "last": ()},
     ),
     (
         "stepped_and_collected",
-        "There is a step for every piece, each by all that was collected so far; the batch makes one, after its last "
-        "piece.",
+        "There is a step for every piece, each with all gradients collected so far; the batch makes one step, "
+        "after its last piece.",
         {"after": (STEP,), "last": (CLEAR,)},
     ),
     (
@@ -145,8 +145,8 @@ LOOPS = [  # name, sentence, how the loop is made
     ),
     (
         "whole_batch",
-        "The whole batch goes through the model at once, so its activations are held at once; cut the rows first, and "
-        "give the model one piece after the other.",
+        "The whole batch goes through the model at once, so all its activations are in memory; cut the rows "
+        "first, and give the model one piece at a time.",
         {"cut": lambda x, y, most: [(x, y)]},
     ),
     (

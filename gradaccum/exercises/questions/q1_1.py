@@ -87,22 +87,22 @@ def update(model, optimizer, loss):
     return loss
 
 
-@mistake("What comes back is a tensor, which holds its graph; loss.item() makes the loss a float.")
+@mistake("A tensor is returned, which keeps its graph; return loss.item(), which is a float.")
 def with_its_graph(model, optimizer, inputs, targets):
     return update(model, optimizer, loss_of(model, inputs, targets))
 
 
-@mistake("What comes back holds no graph any more, but it still is a tensor; loss.item() makes the loss a float.")
+@mistake("The returned loss has no graph, but it is still a tensor; return loss.item(), which is a float.")
 def detached(model, optimizer, inputs, targets):
     return update(model, optimizer, loss_of(model, inputs, targets)).detach()
 
 
-@mistake("Nothing comes back; the function has to return the loss, as a float.")
+@mistake("Nothing is returned; return the loss, as a float.")
 def nothing_returned(model, optimizer, inputs, targets):
     update(model, optimizer, loss_of(model, inputs, targets))
 
 
-@mistake("The loss that comes back was computed again after the update; return the one that backward() started from.")
+@mistake("The returned loss was computed again after the update; return the loss that backward() started from.")
 def loss_afterwards(model, optimizer, inputs, targets):
     update(model, optimizer, loss_of(model, inputs, targets))
     return loss_of(model, inputs, targets).item()
@@ -124,23 +124,23 @@ def divided_again(model, optimizer, inputs, targets):
 
 
 @mistake(
-    "Logits and targets are shifted by one position against each other; here each target already is the one for the "
-    "logits at its own position, so take all of both."
+    "Logits and targets are shifted by one position against each other; here each target already belongs to the "
+    "logits at its own position, so use all of both."
 )
 def shifted_again(model, optimizer, inputs, targets):
     logits = model(inputs)[:, :-1]
     return update(model, optimizer, cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten())).item()
 
 
-@mistake("cross_entropy wants the logits as they come from the model; it does the softmax itself, so leave yours out.")
+@mistake("cross_entropy expects the logits as the model returns them, and applies the softmax itself; leave yours out.")
 def softmax_first(model, optimizer, inputs, targets):
     probabilities = model(inputs).softmax(-1)
     return update(model, optimizer, cross_entropy(probabilities.flatten(0, 1), targets.flatten())).item()
 
 
 @mistake(
-    "The logits have the shape that cross_entropy wants, but a reshape has mixed the scores of several tokens; flatten "
-    "the first two dimensions, or swap the last two by transpose(1, 2)."
+    "The logits have the shape that cross_entropy expects, but a reshape has mixed the scores of several tokens; "
+    "flatten the first two dimensions, or swap the last two with transpose(1, 2)."
 )
 def reshaped(model, optimizer, inputs, targets):
     logits = model(inputs)
@@ -172,8 +172,8 @@ def never_moves(model, optimizer, inputs, targets):
 
 
 @mistake(
-    "The step comes before backward(), so it moves the weights by the gradient of the batch before; call backward() "
-    "first, then step()."
+    "The step comes before backward(), so it uses the gradient of the previous batch; call backward() first, "
+    "then step()."
 )
 def one_batch_late(model, optimizer, inputs, targets):
     loss = loss_of(model, inputs, targets)
@@ -183,7 +183,7 @@ def one_batch_late(model, optimizer, inputs, targets):
     return loss.item()
 
 
-@mistake("One call makes two steps by the same gradient; a batch makes one, so call step() once.")
+@mistake("One call makes two steps with the same gradient; call step() once per batch.")
 def stepped_twice(model, optimizer, inputs, targets):
     loss = update(model, optimizer, loss_of(model, inputs, targets))
     optimizer.step()
@@ -191,8 +191,8 @@ def stepped_twice(model, optimizer, inputs, targets):
 
 
 @mistake(
-    "What the optimizer remembers from one call to the next is lost, as with a new optimizer in every call; use the "
-    "one that you are given, as it is."
+    "The optimizer's state is lost between calls, as with a new optimizer in every call; use the given optimizer "
+    "as it is."
 )
 def new_optimizer(model, optimizer, inputs, targets):
     optimizer.state.clear()
@@ -200,8 +200,8 @@ def new_optimizer(model, optimizer, inputs, targets):
 
 
 @mistake(
-    "The weights move by the learning rate times the gradient, as plain SGD does, whatever the optimizer; call the "
-    "step() of the one that you are given."
+    "The weights move by the learning rate times the gradient, as with plain SGD, whatever the optimizer; call "
+    "the given optimizer's step()."
 )
 def moved_by_sgd(model, optimizer, inputs, targets):
     plain_sgd = torch.optim.SGD(model.parameters(), lr=optimizer.param_groups[0]["lr"])

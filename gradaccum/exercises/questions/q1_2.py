@@ -108,24 +108,24 @@ def added_as_tensors(model, batches):
 
 
 @mistake(
-    "Something large is held of all batches at once: their graphs, their logits, or all of them joined to one batch; "
-    "make each batch's loss a float inside the loop, and keep nothing else."
+    "Something large is kept for all batches at once: their graphs, their logits, or all of them joined into one "
+    "batch; convert each batch's loss to a float inside the loop, and keep nothing else."
 )
 def float_at_the_end(model, batches):
     return (sum(loss_of(model, *batch) for batch in batches) / len(batches)).item()
 
 
-@mistake("What comes back holds no graph any more, but it still is a tensor; .item() makes it a float.")
+@mistake("The returned value has no graph, but it is still a tensor; .item() makes it a float.")
 def added_detached(model, batches):
     return sum(loss_of(model, *batch).detach() for batch in batches) / len(batches)
 
 
-@mistake("Only the last batch's loss comes back; add up the losses of all batches, and divide by their number.")
+@mistake("Only the last batch's loss is returned; add up the losses of all batches, and divide by their number.")
 def last_batch_alone(model, batches):
     return loss_of(model, *batches[-1]).item()
 
 
-@mistake("The sum of the batches' losses comes back; their mean is that sum divided by the number of batches.")
+@mistake("The sum of the batches' losses is returned; their mean is that sum divided by the number of batches.")
 def not_divided(model, batches):
     return sum(loss_of(model, *batch).item() for batch in batches)
 
@@ -172,8 +172,8 @@ def divided_by_tokens(model, batches):
 
 
 @mistake(
-    "Each loss is divided by the batches so far, and only the last of these is the number of all; add the losses up "
-    "and divide by the number of batches."
+    "Each loss is divided by the number of batches so far, which is the right divisor only for the last; add the "
+    "losses up and divide by the number of batches."
 )
 def divided_by_those_so_far(model, batches):
     return sum(loss_of(model, *batch).item() / (i + 1) for i, batch in enumerate(batches))

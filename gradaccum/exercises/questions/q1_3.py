@@ -65,17 +65,19 @@ def root_of_all(noise, batch_size, new_batch_size):
     return (noise * batch_size / new_batch_size) ** 0.5
 
 
-@mistake("The root is taken of the old batch size alone; it is that of both, or of one divided by the other.")
+@mistake("The root is taken of the old batch size alone; take it of both sizes, or of their ratio.")
 def root_of_old_size(noise, batch_size, new_batch_size):
     return noise * batch_size**0.5 / new_batch_size
 
 
-@mistake("A smaller batch comes out as noisy as the old one; the rule is the same in both directions: it is noisier.")
+@mistake(
+    "A smaller batch comes out as noisy as the old one; the rule holds in both directions: a smaller batch is noisier."
+)
 def never_noisier(noise, batch_size, new_batch_size):
     return noise / max(1, new_batch_size / batch_size) ** 0.5
 
 
-@mistake("A smaller batch comes out quieter than the old one; it is noisier, so the ratio must not be turned round.")
+@mistake("A smaller batch comes out quieter than the old one; it is noisier, so the ratio must not be inverted.")
 def always_quieter(noise, batch_size, new_batch_size):
     sizes = batch_size, new_batch_size
     return noise * (min(sizes) / max(sizes)) ** 0.5
@@ -94,6 +96,6 @@ def as_if_of_one_row(noise, batch_size, new_batch_size):
     return noise / new_batch_size**0.5
 
 
-@mistake("The noise comes back as it was given; a larger batch is quieter.")
+@mistake("The noise is returned unchanged; a larger batch is quieter.")
 def unchanged(noise, batch_size, new_batch_size):
     return noise

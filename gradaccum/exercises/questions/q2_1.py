@@ -64,7 +64,7 @@ def the_last(events):
     return sum(since(events)[-1:])
 
 
-@mistake("One gradient is taken k times, right where all are equal; each backward() adds one of its own.")
+@mistake("One gradient is taken k times, which is right only if all are equal; each backward() adds its own gradient.")
 def k_times_one(events):
     return len(since(events)) * sum(since(events)[:1])
 
@@ -82,7 +82,7 @@ def one_undone(events):
     return sum(held)
 
 
-@mistake("What came before a clear is counted here; a clear forgets that, and what comes later is held.")
+@mistake("Gradients before a clear are counted here; a clear discards them, and only later gradients are kept.")
 def up_to_the_clear(events):
     return sum(events[: events.index("clear")] if "clear" in events else events)
 
@@ -92,12 +92,12 @@ def cleared_late(events):
     return sum(since(events[:-1] if events[-1] == "clear" else events))
 
 
-@mistake("None comes back each time: the function returned nothing. print shows a value, return gives it back.")
+@mistake("The function returned None each time: print only shows a value, so use return.")
 def nothing_returned(events):
     print(sum(since(events)))
 
 
-@mistake("None comes back where .grad is empty in the end; return 0 there.")
+@mistake("None is returned if .grad is empty at the end; return 0 then.")
 def none_if_empty(events):
     return sum(since(events)) if since(events) else None
 

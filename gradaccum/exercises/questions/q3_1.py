@@ -126,27 +126,25 @@ QUESTION = Question(
 )
 
 len_asked = mistake(
-    "A generator has no length, and only the last micro-batch tells how many there were: count them as they come, and "
-    "divide each .grad in the end."
+    "A generator has no length, and the number of micro-batches is known only after the last: count them in the "
+    "loop, and divide each .grad at the end."
 )(lesson_03.divided)
 
 
-@mistake(
-    "A generator gives one micro-batch after the other, and cannot be indexed; take them in a for loop, as they come."
-)
+@mistake("A generator cannot be indexed; iterate over the micro-batches in a for loop.")
 def indexed(model, micro_batches):
     cross_entropy(model(micro_batches[0][0]), micro_batches[0][1]).backward()
 
 
 TWICE = mistake(
-    "The micro-batches are read twice, to count them and to use them, and from a generator nothing comes the second "
-    "time; count them in the loop that uses them, and divide in the end."
+    "The micro-batches are read twice, to count them and to use them, but a generator is empty the second time; "
+    "count them in the loop that uses them, and divide at the end."
 )
 twice = {f"read_twice_{number}".removesuffix("_1"): TWICE(each) for number, each in enumerate(READ_TWICE, start=1)}
 fills = {name: mistake(sentence)(made(**options)) for name, sentence, options in FILLS}
 
 
-@mistake("A list is no iterator, which next() takes: iter(micro_batches) makes one of it, and takes a generator too.")
+@mistake("A list is not an iterator, which next() needs: call iter(micro_batches), which also takes a generator.")
 def next_of_a_list(model, micro_batches):
     first, k = next(micro_batches), 1
     cross_entropy(model(first[0]), first[1]).backward()
@@ -155,7 +153,7 @@ def next_of_a_list(model, micro_batches):
     divide(model, k)
 
 
-@mistake("The last micro-batch is never used: it was read ahead, and the stream ended before its turn came.")
+@mistake("The last micro-batch is never used: it was read ahead, and the loop ended before it was used.")
 def last_forgotten(model, micro_batches):
     micro_batches, k = iter(micro_batches), 0
     inputs, targets = next(micro_batches)
@@ -173,7 +171,7 @@ def weights_divided(model, micro_batches):
             parameter /= len(losses)
 
 
-@mistake("The weights were changed; this function only fills .grad, and the step is for the caller.")
+@mistake("The weights were changed; this function only fills .grad, and the caller makes the step.")
 def stepped(model, micro_batches):
     made()(model, micro_batches)
     with torch.no_grad():
@@ -182,8 +180,8 @@ def stepped(model, micro_batches):
 
 
 @mistake(
-    "The micro-batches are collected, as by list(...), so all of them are there at once; use "
-    "each when it comes, and keep nothing of it."
+    "The micro-batches are collected, as by list(...), so all of them are in memory at once; use each as it "
+    "comes, and keep nothing of it."
 )
 def listed(model, micro_batches):
     lesson_03.divided(model, list(micro_batches))

@@ -29,7 +29,7 @@ def divisor_for(reduction):
 QUESTION = Question("Sum or mean", (divisor_for("mean"), divisor_for("sum")))
 
 
-@mistake("None comes back each time: the function returned nothing. print shows a value, return gives it back.")
+@mistake("The function returned None each time: print only shows a value, so use return.")
 def nothing_returned(reduction, sizes):
     print(len(sizes) if reduction == "mean" else sum(sizes))
 
@@ -39,12 +39,15 @@ def swapped(reduction, sizes):
     return sum(sizes) if reduction == "mean" else len(sizes)
 
 
-@mistake("The number of micro-batches serves a mean; a sum has been divided by nothing yet, and needs all the items.")
+@mistake(
+    "The number of micro-batches is the divisor of a mean; a sum has not been divided yet, and needs the "
+    "number of all items."
+)
 def always_steps(reduction, sizes):
     return len(sizes)
 
 
-@mistake("The number of all items serves a sum; a mean has been divided by its own items already.")
+@mistake("The number of all items is the divisor of a sum; a mean has already been divided by its own items.")
 def always_items(reduction, sizes):
     return sum(sizes)
 
@@ -54,7 +57,7 @@ def first_size(reduction, sizes):
     return len(sizes) if reduction == "mean" else sizes[0]
 
 
-@mistake("A mean is divided by the items of one micro-batch; it has been divided by those, and k is left.")
+@mistake("A mean is divided by the items of one micro-batch; it has already been divided by those, so only k remains.")
 def mean_by_its_size(reduction, sizes):
     return sizes[0] if reduction == "mean" else sum(sizes)
 

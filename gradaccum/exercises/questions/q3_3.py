@@ -128,13 +128,13 @@ def close(atol):
 SGD = torch.optim.SGD
 
 with_adam = mistake(
-    "Steps that scale the gradient pass, the one without the division among them; Adam and clipping hide a factor, and "
-    "so does comparing directions: use SGD without clipping, and compare the new weights."
+    "Steps that scale the gradient pass, including the one without the division; Adam and clipping hide a "
+    "factor, and so does comparing directions: use SGD without clipping, and compare the new weights."
 )(checks_with(torch.optim.Adam, lr=1e-3))
 
 with_one_micro_batch = mistake(
-    "Steps pass that use one micro-batch alone or do not divide; a window of a single micro-batch cannot show either, "
-    "so use several."
+    "Steps that use only one micro-batch, or do not divide, pass; a window of a single micro-batch cannot show "
+    "either fault, so use several."
 )(checks_with(SGD, sizes=(4,)))
 
 to_the_last_bit = mistake(
@@ -143,29 +143,30 @@ to_the_last_bit = mistake(
 )(checks_with(SGD, agree=torch.equal))
 
 on_unequal_sizes = mistake(
-    "Right steps that divide by k are called wrong; they promise the large batch's gradient for micro-batches of equal "
-    "sizes alone, so give them equal ones."
+    "Right steps that divide by k are called wrong; they give the large batch's gradient only for micro-batches "
+    "of equal sizes, so use equal sizes."
 )(checks_with(SGD, sizes=(5, 1, 2)))
 
 rather_tolerant = mistake(
-    "A step that does not divide is noticed, but others pass whose update is off by less; compare the new weights more "
+    "A step that does not divide is detected, but steps with a smaller error pass; compare the new weights more "
     "closely: right steps agree to 1e-6."
 )(checks_with(SGD, agree=close(0.1)))
 
 a_little_tolerant = mistake(
-    "A step passes whose gradients are all 0.3 % too long; right ones agree to 1e-6, so compare more closely."
+    "A step whose gradients are all 0.3 % too large passes; right steps agree to 1e-6, so compare more closely."
 )(checks_with(SGD, agree=close(1e-3)))
 
 one_parameter_alone = mistake(
-    "A step passes that is wrong in its last parameter alone; compare all parameters of the model."
+    "A step that is wrong only in its last parameter passes; compare all parameters of the model."
 )(checks_with(SGD, kept=slice(1)))
 
 last_parameter_alone = mistake(
-    "A step passes that is wrong in its first parameter alone; compare all parameters of the model."
+    "A step that is wrong only in its first parameter passes; compare all parameters of the model."
 )(checks_with(SGD, kept=slice(-1, None)))
 
 lengths_compared = mistake(
-    "A step passes that moves the weights the wrong way; compare them number by number, not their lengths alone."
+    "A step that moves the weights in the wrong direction passes; compare the weights number by number, not only "
+    "their norms."
 )(checks_with(SGD, first=0.0, agree=lambda one, other: torch.allclose(one.norm(), other.norm())))
 
 as_many_samples_as_steps = mistake(
@@ -179,11 +180,14 @@ with_one_sample_each = mistake(
 )(checks_with(SGD, sizes=(1, 1, 1)))
 
 with_one_repeated = mistake(
-    "A step that uses one micro-batch alone passes, since all of yours are the same; draw each anew."
+    "A step that uses only one micro-batch passes, since all of yours are the same; draw a different one each time."
 )(checks_with(SGD, same=True))
 
 
-@mistake("Right and wrong are exchanged: True is for a step that does what the large batch does, a small difference.")
+@mistake(
+    "Right and wrong are swapped: return True for a step that does what the large batch does, so for a small "
+    "difference."
+)
 def exchanged(step):
     return not checks_with(SGD)(step)
 

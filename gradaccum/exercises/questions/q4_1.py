@@ -114,12 +114,12 @@ def emptied(window):
 
 
 SAME_LIST = "The same list comes each time, with new contents; make a new one each time."
-drops_the_last = mistake("What is left over at the end is dropped; it makes one more list, a shorter one.")(
+drops_the_last = mistake("What is left over at the end is dropped; yield it as one more, shorter list.")(
     filled(yield_rest=lambda window: False)
 )
-empty_at_the_end = mistake(
-    "Where nothing is left over, an empty list comes last; yield the rest only if there is one."
-)(filled(yield_rest=lambda window: True))
+empty_at_the_end = mistake("If nothing is left over, an empty list comes last; yield the rest only if there is one.")(
+    filled(yield_rest=lambda window: True)
+)
 first_alone = mistake("The first list is one micro-batch, as with `step % k == 0`; a list is full when it holds k.")(
     filled(begin=0)
 )
@@ -154,7 +154,7 @@ def sliced(micro_batches, k):
 
 
 @mistake(
-    "The first list of a list's comes again and again: each islice(micro_batches, k) begins to read anew; make "
+    "From a list, the first k come again and again: each islice(micro_batches, k) starts at the beginning; make "
     "`stream = iter(micro_batches)` once, and take from that."
 )
 def begins_again(micro_batches, k):
@@ -162,7 +162,7 @@ def begins_again(micro_batches, k):
         yield window
 
 
-@mistake("A micro-batch that counts as false, such as 0 or None, is taken for the end; it may be anything.")
+@mistake("A micro-batch that is false, such as 0 or None, is taken for the end; a micro-batch may be anything.")
 def falsy_ends(micro_batches, k):
     stream = iter(micro_batches)
     while first := next(stream, None):
@@ -170,8 +170,8 @@ def falsy_ends(micro_batches, k):
 
 
 @mistake(
-    "A micro-batch that is None is taken for the end; it may be anything, so let the loop end by itself, or compare "
-    "with an `object()` of your own."
+    "A micro-batch that is None is taken for the end; a micro-batch may be anything, so let the loop end by "
+    "itself, or compare with an `object()` of your own."
 )
 def none_ends(micro_batches, k):
     stream = iter(micro_batches)
@@ -180,15 +180,15 @@ def none_ends(micro_batches, k):
 
 
 @mistake(
-    "A micro-batch that is None is left out, as if it filled up the last list; it may be anything, so fill up with an "
-    "`object()` of your own."
+    "A micro-batch that is None is left out, as if it were a filler in the last list; a micro-batch may be "
+    "anything, so fill up with an `object()` of your own."
 )
 def none_left_out(micro_batches, k):
     for filled_up in zip_longest(*[iter(micro_batches)] * k):
         yield [each for each in filled_up if each is not None]
 
 
-@mistake("What comes is islice's iterator, which is always true and reads later; make a list of it: list(islice(...)).")
+@mistake("The iterator of islice is yielded, which is always true and reads later; make a list: list(islice(...)).")
 def islice_itself(micro_batches, k):
     stream = iter(micro_batches)
     while window := islice(stream, k):
@@ -196,7 +196,7 @@ def islice_itself(micro_batches, k):
 
 
 @mistake(
-    "At the end of the stream next() raises StopIteration, which a generator must not let out; islice stops by itself."
+    "At the end of the stream next() raises StopIteration, which must not leave a generator; islice stops by itself."
 )
 def next_raises(micro_batches, k):
     stream = iter(micro_batches)
@@ -204,7 +204,7 @@ def next_raises(micro_batches, k):
         yield [next(stream) for _ in range(k)]
 
 
-@mistake("Each list is made by a call inside the last one's, and Python allows about 1,000; use a loop.")
+@mistake("Each list is made in a nested call, and Python allows about 1,000 of these; use a loop.")
 def calls_itself(micro_batches, k):
     stream = iter(micro_batches)
     if window := list(islice(stream, k)):
@@ -217,7 +217,7 @@ def reads_everything(micro_batches, k):
     return slices(list(micro_batches), k)
 
 
-@mistake("One more than the list holds has been read; yield the list as soon as it is full.")
+@mistake("One micro-batch more than the list has was read; yield the list as soon as it is full.")
 def looks_ahead(micro_batches, k):
     source = iter(micro_batches)
     ahead = list(islice(source, 1))

@@ -173,12 +173,12 @@ clipped_inside = mistake(
 not_clipped = mistake(
     "The step gets a gradient that was not clipped; clip after the last backward() of the window, and before the step."
 )(trains(after="step clear schedule"))
-clipped_to_one = mistake("Each gradient is clipped to 1.0, whatever max_norm is; give max_norm to clip_grad_norm_.")(
+clipped_to_one = mistake("Each gradient is clipped to 1.0, whatever max_norm is; pass max_norm to clip_grad_norm_.")(
     trains(clip=lambda model, _: clip_to_norm(model, 1.0))
 )
-clipped_by_value = mistake("Each number of the gradient is cut by itself; clip_grad_norm_ shortens all of it as one.")(
-    trains(clip=lambda model, max_norm: nn.utils.clip_grad_value_(model.parameters(), max_norm))
-)
+clipped_by_value = mistake(
+    "Each number of the gradient is clipped separately; clip_grad_norm_ scales the whole gradient."
+)(trains(clip=lambda model, max_norm: nn.utils.clip_grad_value_(model.parameters(), max_norm)))
 schedule_inside = mistake("The schedule moves on with each micro-batch, so it runs too fast; step it once per update.")(
     trains(inside="schedule", after="clip step clear")
 )
@@ -204,10 +204,10 @@ divided_again = mistake("The losses are divided by the window's length twice; th
 never_divided = mistake("This is the sum of the micro-batches' mean losses instead of their mean; divide once.")(
     trains(lambda shares, _: sum(shares).item() * len(shares))
 )
-keeps_the_graph = mistake(
-    "The loss is right, but holds its graph as long as it is kept; log `.item()` or `.detach()`."
-)(trains(lambda shares, _: sum(shares)))
-added_on = mistake("The sum is never set back, so each window's loss contains those before; start each window at 0.")(
+keeps_the_graph = mistake("The loss is right, but it keeps its graph alive; log `.item()` or `.detach()`.")(
+    trains(lambda shares, _: sum(shares))
+)
+added_on = mistake("The sum is never reset, so each window's loss contains those before; start each window at 0.")(
     trains(lambda shares, losses: sum(shares).item() + sum(losses[-1:]))
 )
 division_removed = mistake("The gradients are not divided any more, so they are too large; that part was right.")(
@@ -218,12 +218,12 @@ clearing_removed = mistake(
 )(trains(after="clip step schedule"))
 
 
-@mistake("There is a number for each micro-batch; one for each window is asked for, the mean over it.")
+@mistake("There is a number for each micro-batch; return one for each window, the mean over it.")
 def one_for_each(*given):
     return [share.item() for shares in trains(lambda shares, _: shares)(*given) for share in shares]
 
 
-@mistake("One number comes back; one for each window is asked for, in a list.")
+@mistake("One number is returned; return a list with one for each window.")
 def mean_of_all(*given):
     losses = trains()(*given)
     return sum(losses) / len(losses)

@@ -60,7 +60,7 @@ def ceil_of_all(n, k, epochs):
     return -(-n * epochs // k)
 
 
-@mistake("An update too many is counted where nothing is left over; round up instead of adding 1.")
+@mistake("One update too many is counted if nothing is left over; round up instead of adding 1.")
 def always_one_more(n, k, epochs):
     return (n // k + 1) * epochs
 
@@ -85,12 +85,14 @@ def not_rounded(n, k, epochs):
     return n / k * epochs
 
 
-@mistake("Rounding to the nearest leaves out a shorter window of less than half; every one makes an update: round up.")
+@mistake(
+    "Rounding to the nearest integer drops a shorter window of less than half; every window makes an update: round up."
+)
 def to_the_nearest(n, k, epochs):
     return round(n / k) * epochs
 
 
-@mistake("A shorter window counts only where it is an epoch's only one; every one makes an update: round up.")
+@mistake("A shorter window is counted only if it is an epoch's only window; every window makes an update: round up.")
 def at_least_one(n, k, epochs):
     return max(1, n // k) * epochs
 

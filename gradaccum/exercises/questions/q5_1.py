@@ -78,7 +78,7 @@ def by_the_largest(counts):
     return [count / max(counts) for count in counts]
 
 
-@mistake("A micro-batch with a count of 0 has no weight in the list; it needs one too, and that is 0.")
+@mistake("A micro-batch with a count of 0 has no weight in the list; its weight is 0, and must be there too.")
 def zeros_left_out(counts):
     return [count / sum(counts) for count in counts if count]
 
@@ -88,7 +88,7 @@ def zero_as_one(counts):
     return [max(count, 1) / sum(max(each, 1) for each in counts) for count in counts]
 
 
-@mistake("Each mean is divided by its own count, which it has been already; multiply it by its share of all targets.")
+@mistake("Each mean is divided by its own count, as it has been already; multiply it by its share of all targets.")
 def own_counts(counts):
     return [1 / count for count in counts]
 

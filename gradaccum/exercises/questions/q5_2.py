@@ -152,7 +152,7 @@ def not_stepped(model, optimizer, micro_batches):
     return by_count(model, micro_batches)
 
 
-@mistake("The weights move at every micro-batch, and the next one sees another model; step once, after the window.")
+@mistake("The weights move at every micro-batch, so the next one uses a changed model; step once, after the window.")
 def stepped_inside(model, optimizer, micro_batches):
     mean = 0.0
     for each in micro_batches:
@@ -175,7 +175,7 @@ def cleared_before_the_step(model, optimizer, micro_batches):
     return mean
 
 
-@mistake("A gradient that is longer than 1 is shortened, as by clipping; there is no clipping in this exercise.")
+@mistake("A gradient with a norm above 1 is scaled down, as by clipping; there is no clipping in this exercise.")
 def clipped(model, optimizer, micro_batches):
     optimizer.zero_grad()
     mean = by_count(model, micro_batches)

@@ -148,28 +148,29 @@ with_equal_lengths = mistake(
 )(trial([(inputs[:1, :3], torch.ones_like(inputs[:1, :3])) for inputs, _ in UNLIKE]))
 
 with_one_micro_batch = mistake(
-    "Steps pass that use one micro-batch alone or take the mean of means; a window of a single micro-batch cannot show "
-    "either, so use several."
+    "Steps that use only one micro-batch, or take the mean of means, pass; a window of a single micro-batch "
+    "cannot show either fault, so use several."
 )(trial(material.padded_text([[5, 2]], seed=1)))
 
 without_padding = mistake(
-    "A step that counts the ignored targets too passes, since your text has none; let rows have padding."
+    "A step that also counts the ignored targets passes, since your text has none; let rows have padding."
 )(trial([(inputs[:, :3], torch.ones_like(inputs[:, :3])) for inputs, _ in UNLIKE]))
 
 with_adam = mistake(
-    "Steps that scale the gradient pass, the one without the division among them; Adam and clipping hide a factor, and "
-    "so does comparing directions: use SGD without clipping, and compare the new weights."
+    "Steps that scale the gradient pass, including the one without the division; Adam and clipping hide a "
+    "factor, and so does comparing directions: use SGD without clipping, and compare the new weights."
 )(trial(UNLIKE, torch.optim.Adam, lr=1e-3, agree=close(1e-6)))
 
 with_clipping = mistake(with_adam.sentence)(trial(UNLIKE, Clipped))
 
 to_the_last_bit = mistake(
-    "Right steps are called wrong where they add in another order or weight in float32; they differ by rounding, so "
-    "allow a relative error of 1e-5."
+    "Right steps that add in another order, or compute their weights in float32, are called wrong; they differ "
+    "by rounding, so allow a relative error of 1e-5."
 )(trial(UNLIKE, agree=lambda ours, theirs: all(map(torch.equal, ours, theirs))))
 
 closer_than_float32 = mistake(
-    "A right step is called wrong that weights in float32, and so is off by 1e-7; allow a relative error of 1e-5."
+    "A right step that computes its weights in float32, with an error of 1e-7, is called wrong; allow a relative "
+    "error of 1e-5."
 )(trial(UNLIKE, agree=close(1e-12)))
 
 means_expected = mistake(
@@ -177,29 +178,32 @@ means_expected = mistake(
 )(trial(UNLIKE, mean=mean_of_means))
 
 rather_tolerant = mistake(
-    "A step that does not divide is noticed, but others pass whose update is off by less, the mean of means among "
-    "them; compare the new weights more closely: right steps agree to 1e-5."
+    "A step that does not divide is detected, but steps with a smaller error pass, including the mean of means; "
+    "compare the new weights more closely: right steps agree to 1e-5."
 )(trial(UNLIKE, agree=close(0.5)))
 
 a_little_tolerant = mistake(
-    "A step passes whose gradients are all 0.8 % too long; right ones agree to 1e-5, so compare more closely, or let "
-    "the update be larger beside the weights."
+    "A step whose gradients are all 0.8 % too large passes; right steps agree to 1e-5, so compare more closely, "
+    "or make the update larger relative to the weights."
 )(trial(UNLIKE, agree=close(5e-3)))
 
 lengths_compared = mistake(
-    "A step passes that moves the weights the wrong way; compare the updates number by number, not their lengths alone."
+    "A step that moves the weights in the wrong direction passes; compare the updates number by number, not only "
+    "their norms."
 )(trial(UNLIKE, agree=lambda ours, theirs: close()([each.norm() for each in ours], [each.norm() for each in theirs])))
 
 SOME = {"first": slice(1), "middle": slice(1, 2), "last": slice(2, 3), "but_first": slice(1, 3), "but_last": slice(2)}
 in_some_parameters = {
     f"{which}_parameter_alone": mistake(
-        "Steps pass that are wrong in some of the parameters alone; compare every number of every parameter."
+        "Steps that are wrong in only some of the parameters pass; compare every number of every parameter."
     )(trial(UNLIKE, agree=close(some=some)))
     for which, some in SOME.items()
 }
 
 
-@mistake("Right and wrong are exchanged: True is for a step that does what the full batch does, a small difference.")
+@mistake(
+    "Right and wrong are swapped: return True for a step that does what the full batch does, so for a small difference."
+)
 def exchanged(step):
     return not trial(UNLIKE)(step)
 

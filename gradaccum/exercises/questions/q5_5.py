@@ -107,7 +107,7 @@ HABITS = {
     ),
     **habit(
         "mean",
-        "{} the mean of the micro-batch comes back where its sum is asked for, and is divided once more.",
+        "{} the mean of the micro-batch is returned instead of its sum, and is divided once more.",
         CUT,
         lambda pair, y: (pair[0] / pair[1], pair[1]),
     ),
@@ -119,14 +119,14 @@ HABITS = {
     ),
     **habit(
         "none",
-        "{} None comes back, or nothing does; it can be cut, since what it divides by is known before any forward.",
+        "{} None or nothing is returned, but the loss can be cut, since its divisor is known before any forward.",
         CUT,
         lambda pair, y: None,
     ),
 }
 cut_too = but(
-    "Each row of `matched` looks for its partner among all rows of the batch, and a micro-batch has only some of them: "
-    "no sum and no count makes up for the others, so None is asked for.",
+    "Each row of `matched` looks for its partner among all rows of the batch, and a micro-batch has only some of "
+    "them: no sum and no count makes up for the others, so return None.",
     matched=lambda model, x, y: (cross_entropy(model(x) @ y.T, torch.arange(len(x)), reduction="sum"), len(x)),
 )
 targets_counted = but(
@@ -170,12 +170,12 @@ known_counted = but(
     masked=lambda model, x, y: (of_known(model, x, y), (y >= 0).sum()),
 )
 unknown_too = but(
-    "For `masked` what nobody knows is learned as 0; its weight in the sum is 0.",
+    "For `masked` unknown labels are learned as 0; their weight in the sum must be 0.",
     masked=lambda model, x, y: (binary_cross_entropy_with_logits(model(x), y.clamp(min=0), reduction="sum"), y.numel()),
 )
 tokens_counted = but(
-    "For `by_line` each target counts alike, so a long line counts for more than a short one; there the lines count "
-    "alike.",
+    "For `by_line` each target counts the same, so a long line counts more than a short one; in this loss each "
+    "line counts the same.",
     by_line=lambda model, x, y: (tokens(model, x, y, reduction="sum"), len(kept(y))),
 )
 lines_summed = but(
@@ -187,7 +187,7 @@ lines_by_length = but(
     by_line=lambda model, x, y: (tokens(model, x, y, reduction="none").mean(1).sum(), len(y)),
 )
 lines_by_targets = but(
-    "For `by_line` the means of the lines are divided by the number of targets; divide by that of the lines.",
+    "For `by_line` the means of the lines are divided by the number of targets; divide by the number of lines.",
     by_line=lambda model, x, y: (of_lines(model, x, y).sum(), len(kept(y))),
 )
 empty_divided = but(
@@ -204,11 +204,12 @@ penalty_once = but(
     decayed=lambda model, x, y: (errors(model, x, y) + squares(model), y.numel()),
 )
 penalty_by_rows = but(
-    "For `decayed` the penalty is multiplied by the rows and divided by the entries; it takes the same number twice.",
+    "For `decayed` the penalty is multiplied by the number of rows and divided by that of entries; use the same "
+    "number for both.",
     decayed=lambda model, x, y: (errors(model, x, y) + len(y) * squares(model), y.numel()),
 )
 no_penalty = but(
-    "For `decayed` the penalty is missing; it is no sum over items, but it has a gradient.",
+    "For `decayed` the penalty is missing; it is not a sum over items, but it has a gradient.",
     decayed=lambda model, x, y: (errors(model, x, y), y.numel()),
 )
 by_rows = but(

@@ -66,8 +66,8 @@ copy_at_one_too = mistake(
     "A copy of the gradients is counted for a single micro-batch too; there nothing has been collected before."
 )(lambda *shape: total(shape, state=2 if shape[-1] == 1 else 1))
 one_copy_more = mistake(
-    "One number for each weight is counted too many: either the gradients of the micro-batch that runs, which are not "
-    "there yet at its worst moment, or a second number of the optimizer's, and momentum keeps one."
+    "One number too many is counted for each weight: either the gradients of the running micro-batch, which do "
+    "not exist yet at its worst moment, or a second number of the optimizer, but momentum keeps one."
 )(lambda *shape: total(shape, state=2))
 copies = mistake(
     "The more micro-batches, the more copies of the gradients are counted; all micro-batches are added up in one."
@@ -75,8 +75,8 @@ copies = mistake(
 copy_for_each = copies(lambda *shape: total(shape, gradients=shape[-1]))
 copy_for_each_further = copies(lambda *shape: total(shape, gradients=shape[-1] - 1))
 large = mistake(
-    "Activations of all tokens of the update are counted; what runs at a time is one micro-batch, and the embedding's "
-    "output and the logits are those of its tokens."
+    "Activations of all tokens of the update are counted; only one micro-batch runs at a time, and the "
+    "embedding's output and the logits are those of its tokens."
 )
 large_batch = large(lambda *shape: total(shape, embedding=shape[-1], logits=shape[-1]))
 large_batch_logits = large(lambda *shape: total(shape, logits=shape[-1]))
@@ -87,11 +87,11 @@ rows_of_each = mistake("The rows are taken for those of one micro-batch; they ar
 rows_for_tokens = mistake("The rows are taken for the tokens; each row has as many tokens as it is long.")(
     lambda rows, length, *others: total((rows, 1, *others))
 )
-inputs_of_one = mistake("The inputs are those of one micro-batch; the whole window's are there all the time.")(
-    lambda *shape: total(shape, inputs=1 / shape[-1])
-)
+inputs_of_one = mistake(
+    "The inputs are those of one micro-batch; those of the whole window are in memory all the time."
+)(lambda *shape: total(shape, inputs=1 / shape[-1]))
 targets_forgotten = mistake(
-    "The inputs have half of their bytes; inputs and targets are both there, and a token id has 8 bytes."
+    "Only half of the inputs' bytes are counted; inputs and targets are both in memory, and a token id has 8 bytes."
 )(lambda *shape: total(shape, inputs=1 / 2))
 
 three = mistake(
@@ -115,6 +115,6 @@ no_bias = mistake("The linear layer's bias is missing, one number for each token
 one_table = mistake("Vocabulary times width is counted once; the embedding and the linear layer have as many each.")(
     lambda *shape: total(shape, (shape[2] + 1) * shape[3])
 )
-numbers = mistake("Numbers are counted, and bytes are asked for: 4 for each of float32, and 8 for each token id.")(
+numbers = mistake("Numbers are counted instead of bytes: 4 bytes for each float32, and 8 for each token id.")(
     lambda *shape: total(shape, inputs=1 / 2) // 4
 )

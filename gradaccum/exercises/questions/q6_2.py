@@ -138,7 +138,7 @@ last_too_large = changed(
     lambda plan, size, samples: [size] * len(plan),
 )
 rest_on_top = changed(
-    "The samples that are left are put on top of the last micro-batch, which then is over the budget.",
+    "The remaining samples are added to the last micro-batch, which then exceeds the budget.",
     lambda plan, size, samples: [*plan[:-2], sum(plan[-2:])] if plan[-1] < size else plan,
 )
 shorter_first = changed(
@@ -146,11 +146,11 @@ shorter_first = changed(
     lambda plan, size, samples: plan[::-1],
 )
 zero_at_the_end = changed(
-    "Where the size goes into the effective batch, the plan has a micro-batch of 0 samples at its end; leave it out.",
+    "If the size divides the effective batch, the plan has a micro-batch of 0 samples at its end; leave it out.",
     lambda plan, size, samples: [size] * (samples // size) + [samples % size],
 )
 evenly = changed(
-    "The samples are spread evenly; asked for are micro-batches of the largest size, and one shorter at the end.",
+    "The samples are spread evenly; use micro-batches of the largest size, and a shorter one at the end.",
     lambda plan, size, samples: [samples // len(plan) + (n < samples % len(plan)) for n in range(len(plan))],
 )
 evenly_but_the_last = changed(evenly.sentence, lambda plan, size, samples: cut(samples, -(-samples // len(plan))))
@@ -171,7 +171,7 @@ one_too_many = changed(
     "The micro-batch is the first that does not fit; one sample less is the last that does.",
     lambda plan, size, samples: cut(samples, min(size + 1, samples)),
 )
-below_budget = mistake("A peak that is the budget exactly is refused; it fits.")(
+below_budget = mistake("A peak exactly equal to the budget is rejected, but it fits.")(
     lambda peak_of, samples, budget: right_plan(peak_of, samples, budget - 1)
 )
 whole = mistake("The whole effective batch as one micro-batch is never tried.")
@@ -187,16 +187,16 @@ def straight_line(peak_of, effective_batch, budget):
 
 
 single_anyway = mistake(
-    "Micro-batches of one sample are planned where not even one sample fits; there the plan is an empty list."
+    "Micro-batches of one sample are planned even if not even one sample fits; the plan is then an empty list."
 )(lambda peak_of, samples, budget: cut(samples, largest(peak_of, samples, budget) or 1))
 divides_by_zero = mistake(
-    "Where not even one sample fits, the answer divides by a size of 0; return an empty list before that."
+    "If not even one sample fits, the answer divides by a size of 0; return an empty list before that."
 )(
     lambda peak_of, samples, budget: (
         samples // largest(peak_of, samples, budget) and right_plan(peak_of, samples, budget)
     )
 )
 none_where_nothing_fits = mistake(
-    "Where not even one sample fits, nothing or None is returned; the plan there is an empty list."
+    "If not even one sample fits, nothing or None is returned; the plan is then an empty list."
 )(lambda *situation: right_plan(*situation) or None)
 returns_nothing = mistake("Nothing is returned; return the list of the sizes.")(lambda *situation: None)

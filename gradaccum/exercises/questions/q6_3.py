@@ -65,7 +65,7 @@ always_and_at_one = mistake(
     "A whole copy is counted always; a single micro-batch costs nothing, and where the optimizer's step is the worst "
     "moment, the gradients are there anyway."
 )(lambda gradients, activations, temporaries, k: gradients)
-at_one_too = mistake("A single micro-batch is charged too; it is what the cost is counted from, so it costs nothing.")(
+at_one_too = mistake("A single micro-batch has a cost here; the cost is relative to it, so its own cost is 0.")(
     lambda gradients, activations, temporaries, k: more(gradients, activations, temporaries, gradients)
 )
 copies = mistake("A copy is counted for each micro-batch, or for each further one; they are all added up in one.")
@@ -81,12 +81,12 @@ free = mistake(
     "Accumulation is taken to be free; where the backward pass is the worst moment, the collected gradients add to it."
 )(lambda *held: 0)
 all_or_nothing = mistake(
-    "Where the step is the worst moment with one micro-batch and the backward pass with several, nothing is counted; "
-    "the cost there is a part of a copy: what the backward pass holds more than the step."
+    "If the step is the worst moment with one micro-batch and the backward pass with several, nothing is "
+    "counted; the cost is then a part of a copy: what the backward pass needs beyond the step."
 )(lambda gradients, activations, temporaries, k: gradients * (activations >= gradients + temporaries and k > 1))
 whole_where_it_changes = mistake(
-    "Where the step is the worst moment with one micro-batch and the backward pass with several, a whole copy is "
-    "counted; the cost there is a part of it: what the backward pass holds more than the step."
+    "If the step is the worst moment with one micro-batch and the backward pass with several, a whole copy is "
+    "counted; the cost is then a part of it: what the backward pass needs beyond the step."
 )(lambda gradients, activations, temporaries, k: gradients * (activations > temporaries and k > 1))
 beyond_a_copy = mistake("The cost is larger than a copy of the gradients, and no more than one copy is kept.")(
     lambda gradients, activations, temporaries, k: max(activations - temporaries, 0) * (k > 1)
@@ -97,6 +97,6 @@ below_zero = mistake("The cost is negative where the step is the worst moment; i
 step_without_gradients = mistake(
     "The optimizer's step is counted without the gradients that it reads; they are there with one micro-batch too."
 )(lambda gradients, activations, temporaries, k: more(0, activations, temporaries, gradients * (k > 1)))
-whole_peak = mistake(
-    "This is what is held at the worst moment; asked for is how much more that is than with one micro-batch."
-)(lambda gradients, activations, temporaries, k: max(activations + gradients * (k > 1), gradients + temporaries))
+whole_peak = mistake("This is the peak itself; return how much larger it is than with one micro-batch.")(
+    lambda gradients, activations, temporaries, k: max(activations + gradients * (k > 1), gradients + temporaries)
+)

@@ -158,7 +158,7 @@ not_divided = changed(UNDIVIDED, divide=False, returned=lambda losses, shares, *
 not_divided_in_the_gradient = changed(UNDIVIDED, divide=False)
 never_stepped = changed("The weights do not move: step() is missing, or the gradients are cleared before it.", step="")
 never_cleared = changed(
-    "The gradients are not cleared, so the next update has these too; clear them before the loop or at the end.",
+    "The gradients are not cleared, so they are in the next update too; clear them before the loop or at the end.",
     clear="never",
 )
 cleared_inside = changed(

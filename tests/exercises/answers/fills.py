@@ -334,7 +334,7 @@ WEIGHED = [
             )
         ),
         "",
-        "of this gradient is no weighted sum",
+        "of this gradient is not a weighted sum",
     ),
     (retains_the_running_sum, "s 1.76, 0.118, 0.353 and should have 0.588, 0.0588, 0.353.", ""),
 ]

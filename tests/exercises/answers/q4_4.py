@@ -210,6 +210,6 @@ WEIGHED = [
     (once(inside="clip", after="step schedule clear"), "s 0.0253, 0.0666, 0.156 and should have 0.0809 each.", ""),
     (once(clip=lambda parameters, max_norm: clip_grad_norm(parameters, max_norm / 2)), "s ", ""),
     (once(divisor=lambda window: len(window) + 1), "s 1/4 each and should have 1/3 each", ""),
-    (once(clip=clips_each), "", "of this gradient is no weighted sum"),
+    (once(clip=clips_each), "", "of this gradient is not a weighted sum"),
     (once(inside="schedule"), "", ""),
 ]
