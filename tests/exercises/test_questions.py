@@ -30,7 +30,15 @@ FOLDER = ROOT / "gradaccum" / "exercises" / "questions"
 ANSWERS = Path(__file__).with_name("answers")
 each_seed = pytest.mark.parametrize("seed", [0, pytest.param("spring", marks=pytest.mark.slow)])
 QUESTIONS = [exercises.find(each) for each in exercises.IDENTIFIERS]
-each_question = pytest.mark.parametrize("question", QUESTIONS, ids=lambda each: f"q{each.id.replace('.', '_')}")
+# A group is one process's own with --dist loadgroup: what a question's mistakes do is then computed once.
+each_question = pytest.mark.parametrize(
+    "question",
+    [
+        pytest.param(each, id=name, marks=pytest.mark.xdist_group(name))
+        for each in QUESTIONS
+        for name in [f"q{each.id.replace('.', '_')}"]
+    ],
+)
 
 
 def lesson_of(question):
