@@ -266,24 +266,35 @@ def accumulate(
             raise ValueError(f"nonfinite must be 'pass' or 'raise', but {nonfinite!r} was given.")
         if sync not in ("last", "each"):
             raise ValueError(f"sync must be 'last' or 'each', but {sync!r} was given.")
+        if alone and engine:
+            raise ValueError(
+                "alone=True is for a model that only this process trains, and an engine averages this one: "
+                "leave it out."
+            )
         if not window and not (spare and engine):
             raise ValueError("The window is empty: give accumulate at least one micro-batch.")
         parameters = refusals.trainable_and_clear(modules)
-        return parameters, [count(micro_batch) for micro_batch in window or spare]
+        counted = [count(micro_batch) for micro_batch in window or spare]
+        if engine:  # here, so that a warning turned into an error on one rank is raised on all
+            warn(parameters, 6)
+        return parameters, counted
+
+    def warn(parameters: list[torch.nn.Parameter], level: int) -> None:
+        if len(window) > 1:
+            refusals.warn_of_batch_statistics(modules, len(window), level)
+        if len(window) >= refusals.MANY:
+            refusals.warn_of_sixteen_bits(modules, parameters, len(window), level)
 
     if engine is None:
         parameters, counted = checked()
         counts, totals = refusals.counts_and_totals(counted)
         divisors: Mapping[Any, int | float] = totals
+        warn(parameters, 4)
     else:
         parameters, counts, totals = engine.agree(
             len(window), checked, each=sync == "each", raises=nonfinite == "raise"
         )
         divisors = {key: total / engine.divisor for key, total in totals.items()}  # the engine divides by D, not by N
-    if len(window) > 1:
-        refusals.warn_of_batch_statistics(modules, len(window))
-    if len(window) >= refusals.MANY:
-        refusals.warn_of_sixteen_bits(modules, parameters, len(window))
     first_window = refusals.is_new(modules)
     losses: dict[Any, list[Tensor]] = {key: [] for key, total in totals.items() if total}
     try:

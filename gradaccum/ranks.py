@@ -276,7 +276,6 @@ def engines_of(modules: Sequence[nn.Module], *, alone: bool = False) -> list[Rep
 
     Raises:
         NotImplementedError: FSDP1; a module without an engine among several processes, unless `alone`.
-        ValueError: there is an engine, although `alone`.
     """
     if not torch.distributed.is_available():
         return []
@@ -290,10 +289,6 @@ def engines_of(modules: Sequence[nn.Module], *, alone: bool = False) -> list[Rep
                 "for a model that only this process trains."
             )
         return []
-    if alone:
-        raise ValueError(
-            "alone=True is for a model that only this process trains, and an engine averages this one: leave it out."
-        )
     if any(isinstance(each, _sharding("FullyShardedDataParallel")) for each in found):
         raise NotImplementedError("FullyShardedDataParallel (FSDP1) is not supported: shard with fully_shard (FSDP2).")
     parts: list[Replicated | Sharded] = [

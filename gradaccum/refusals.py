@@ -161,7 +161,7 @@ def batch_norms(modules: Sequence[nn.Module]) -> dict[str, nn.Module]:
     }
 
 
-def warn_of_batch_statistics(modules: Sequence[nn.Module], micro_batches: int) -> None:
+def warn_of_batch_statistics(modules: Sequence[nn.Module], micro_batches: int, level: int) -> None:
     """Warn, once per model, that BatchNorm normalizes micro-batches."""
     fresh = [module for module in modules if module not in _WARNED]
     if not fresh:
@@ -175,11 +175,13 @@ def warn_of_batch_statistics(modules: Sequence[nn.Module], micro_batches: int) -
         f"BatchNorm ({next(iter(found))!r}) normalizes each micro-batch by its own statistics, so the gradient differs "
         f"from that of one batch, and its running statistics are updated {micro_batches} times: gradaccum.check_split "
         "measures the difference. To accept it: warnings.filterwarnings('ignore', 'BatchNorm').",
-        stacklevel=3,
+        stacklevel=level,
     )
 
 
-def warn_of_sixteen_bits(modules: Sequence[nn.Module], parameters: Sequence[nn.Parameter], micro_batches: int) -> None:
+def warn_of_sixteen_bits(
+    modules: Sequence[nn.Module], parameters: Sequence[nn.Parameter], micro_batches: int, level: int
+) -> None:
     """Warn, once per model, if the last micro-batches are lost in the rounding of the sum."""
     if all(module in _WARNED_OF_BITS for module in modules):
         return
@@ -190,7 +192,7 @@ def warn_of_sixteen_bits(modules: Sequence[nn.Module], parameters: Sequence[nn.P
             warnings.warn(
                 f"Gradients of {dtype} lose small contributions in a sum over {micro_batches} micro-batches: set "
                 "parameter.grad_dtype = torch.float32 on each parameter, or use fewer micro-batches.",
-                stacklevel=3,
+                stacklevel=level,
             )
             return
 
