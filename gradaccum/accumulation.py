@@ -322,12 +322,13 @@ def accumulate(
                         with refusals.no_gradient_is_taken_away(parameters):
                             loss.backward()  # type: ignore[no-untyped-call]
                         refusals.SEEN.update(modules)
-                        first_window = False
+                        first_window = engine is not None and index + 1 < engine.passes  # fully_shard's hooks wait
                     else:
                         loss.backward()  # type: ignore[no-untyped-call]
             del loss  # so that nothing of this graph is alive during the next forward
         if engine:
-            engine.fill_up(len(window), (window or spare)[-1], loss_sum, scaler)
+            with refusals.no_gradient_is_taken_away(parameters) if first_window else nullcontext():
+                engine.fill_up(len(window), (window or spare)[-1], loss_sum, scaler)
         means, bad = (engine.means if engine else _means)(losses, nonfinite == "raise")
         if all(parameter.grad is None for parameter in parameters):
             raise ValueError(

@@ -11,7 +11,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from gradaccum import refusals
 
 Group: TypeAlias = Any  # torch.distributed.ProcessGroup, which a torch without distributed lacks
+# Files of torch with communication hooks that do not send, average over other ranks, or step.
+OTHER_HOOKS: Final = {"debugging_hooks", "post_localSGD_hook", "optimizer_overlap_hooks", "ddp_zero_hook"}
 
 
 class Replicated:
@@ -42,9 +44,14 @@ class Replicated:
         module = self.module
         if not module.require_backward_grad_sync:
             raise RuntimeError("accumulate was called inside no_sync(): call it outside, it synchronizes by itself.")
-        # Private: both change the divisor, and when it is applied.
-        if module._join_config.enable or module._delay_all_reduce_params:
-            what = "delay_all_reduce_named_params" if module._delay_all_reduce_params else "join()"
+        # Private: each changes the divisor, or when it is applied.
+        others: dict[str, Any] = {"join()": module._join_config.enable}
+        others["delay_all_reduce_named_params"] = module._delay_all_reduce_params
+        for hook, _ in module._comm_hooks:  # a wrapper such as fp16_compress_wrapper has another hook in its closure
+            held = (hook, *(cell.cell_contents for cell in getattr(hook, "__closure__", None) or ()))
+            files = {str(getattr(each, "__module__", "")).rpartition(".")[2] for each in held}
+            others[f"the communication hook {getattr(hook, '__name__', hook)}"] = files & OTHER_HOOKS
+        if what := next((name for name, there in others.items() if there), None):
             raise NotImplementedError(f"DistributedDataParallel with {what} is not supported: leave it out.")
         inside = engines_in([module.module]) if len(self._engines) > 1 else []
         if inside:
@@ -154,6 +161,8 @@ class Sharded:
                 "fully_shard has gradients of earlier passes that were not sent: synchronize them and call "
                 "optimizer.zero_grad() first, or create the model again."
             )
+        if any(part._all_reduce_hook for part in self._parts):
+            raise NotImplementedError("fully_shard with a hook of set_all_reduce_hook is not supported: leave it out.")
         if len(self.kinds) > 1:
             raise NotImplementedError(
                 "fully_shard averages parts of the model over different groups or with different factors: use one."
