@@ -134,7 +134,7 @@ class Together:
                 name = next(name for name, each in named if each is parameter)
                 raise ValueError(
                     f"Parameter {name!r} is trainable and no engine averages it, so each rank would train its own: "
-                    "wrap the module that has it too."
+                    "wrap the module that has it too, after it is made trainable."
                 )
 
     def _talks(self) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, TypeAlias
@@ -21,6 +22,7 @@ from gradaccum import refusals
 Group: TypeAlias = Any  # torch.distributed.ProcessGroup, which a torch without distributed lacks
 # Files of torch with communication hooks that do not send, average over other ranks, or step.
 OTHER_HOOKS: Final = {"debugging_hooks", "post_localSGD_hook", "optimizer_overlap_hooks", "ddp_zero_hook"}
+_AVERAGED: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()  # ids of parameters
 
 
 class Replicated:
@@ -58,17 +60,19 @@ class Replicated:
             raise NotImplementedError(
                 f"DistributedDataParallel contains {type(inside[0]).__name__}, which averages too: use one of them."
             )
-        ignored = module.parameters_to_ignore
-        named = dict(module.module.named_parameters())
-        trained = {id(each) for name, each in named.items() if each.requires_grad and name not in ignored}
-        # Private, but only the reducer knows which parameters were trainable when it was created.
-        known = module._get_ddp_logging_data()["num_parameter_tensors"]  # type: ignore[no-untyped-call]
-        if len(trained) > known or (len(trained) < known and not module.find_unused_parameters):
+        if module not in _AVERAGED:  # private, but only the reducer knows what was trainable when it was created
+            try:
+                buckets = module.reducer._get_zeros_like_grad_buckets()  # as large as the gradient, once per model
+                _AVERAGED[module] = {id(each) for bucket in buckets for each in bucket.parameters()}
+            except RuntimeError:  # sparse gradients have no bucket: what is trainable now, then
+                _AVERAGED[module] = {id(each) for each in module.parameters() if each.requires_grad}
+        frozen = _AVERAGED[module] - {id(each) for each in module.parameters() if each.requires_grad}
+        if frozen and not module.find_unused_parameters:
             raise ValueError(
-                f"The model has {len(trained)} trainable parameters and had {known} when DistributedDataParallel was "
-                "created: freeze or unfreeze parameters before you wrap the model."
+                f"{len(frozen)} parameters were frozen after DistributedDataParallel was created: freeze or unfreeze "
+                "parameters before you wrap the model."
             )
-        return trained
+        return _AVERAGED[module]
 
     def begin(self) -> None:
         """Start to watch the forwards of a window."""
