@@ -138,9 +138,10 @@ class Together:
                 )
 
     def _talks(self) -> bool:
-        """Return whether the ranks communicate in each forward."""
+        """Return whether the ranks communicate in each forward, also that of a frozen `fully_shard` model."""
         modules = refusals.inner(self._modules)
-        return any(isinstance(module, nn.SyncBatchNorm) and module.training for module in modules)
+        synced = any(isinstance(module, nn.SyncBatchNorm) and module.training for module in modules)
+        return synced or bool(ranks.sharded_in(self._modules))
 
     def _matrix(self, counts: list[list[Any]], order: list[int]) -> Tensor:
         flat = [row[index] for row in counts for index in order]
@@ -211,7 +212,7 @@ class Together:
             yield
 
     def refuse_bypassed(self, loss: Any, number: int) -> None:
-        """Raise if the engine's forward did not run, or if its backward will not."""
+        """Raise if the engine's forward did not run, or if its backward will not, or will reach other parameters."""
         if not all(part.ran() for part in self._parts) and (self._waits or loss.requires_grad):
             raise RuntimeError(
                 f"Pass {number} on rank {self.name} did not call the model given to accumulate (loss_sum may call "
@@ -222,6 +223,9 @@ class Together:
                 f"loss_sum returned a loss without a graph in pass {number} on rank {self.name}, but the other ranks "
                 "wait for its backward: compute it from the model's output, also if its count is 0."
             )
+        if loss.requires_grad and refusals.is_new(self._modules):  # once per model, since a graph is long
+            given = [each for module in self._modules for each in module.parameters()]
+            ranks.refuse_strangers(loss, [*given, *(leaf for part in self._parts for leaf in part.leaves())])
 
     def fill_up(self, done: int, micro_batch: Any, loss_sum: Callable[[Any], Any], scaler: Any) -> None:
         """Run the passes that the other ranks wait for, with weight 0; raise if a gradient is still unsent."""

@@ -260,6 +260,23 @@ def unsent_in(modules: Iterable[Any]) -> list[Tensor]:
     return [gradient for gradient in found if gradient is not None]
 
 
+def refuse_strangers(loss: Tensor, given: Iterable[Tensor]) -> None:
+    """Raise if a backward reaches parameters that are not `given`; a reentrant checkpoint hides its own."""
+    known, nodes, seen = set(map(id, given)), [loss.grad_fn], set[Any]()
+    while nodes:
+        node: Any = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [below for below, _ in node.next_functions]
+        leaf = node.variable if type(node).__name__ == "AccumulateGrad" else None
+        if isinstance(leaf, nn.Parameter) and id(leaf) not in known:
+            raise ValueError(
+                f"The loss trains a parameter of shape {tuple(leaf.shape)} that is in none of the modules passed, so "
+                "it would be averaged otherwise or not at all: pass its module to accumulate too, or freeze it."
+            )
+
+
 def members(group: Group) -> list[int] | int:
     """Return what identifies a group: its ranks."""
     try:
