@@ -188,7 +188,8 @@ def accumulate(
     averages over. `.grad`, `loss` and `count` are then over the items of all these ranks. Ranks may have different
     numbers of items and micro-batches. Gradients are synchronized once, in the last pass. If all ranks must run the
     same number of passes (`fully_shard`, `sync="each"`, SyncBatchNorm), a rank with fewer micro-batches runs its last
-    one again with weight 0, which updates BatchNorm's statistics and draws random numbers again.
+    one again with weight 0, which updates BatchNorm's statistics and draws random numbers again. If `loss_sum` itself
+    communicates, use `sync="each"`; if it calls a frozen `fully_shard` model, pass that model too.
 
     Args:
         model: the module that has every parameter the loss trains, or a list or tuple of modules (two towers; a loss
@@ -221,9 +222,11 @@ def accumulate(
         ValueError, TypeError: before the first forward, if the window is empty, the model has nothing to train,
             a `.grad` is not None, or a count is not a number, negative, not finite, or zero over the window;
             after a forward, if a loss is not a scalar tensor with a graph; at the end, if no parameter has a gradient.
-            On several ranks, errors before the first forward are raised on all of them, and name a rank.
+            On several ranks, errors before the first forward are raised on all of them, and name a rank. There, also
+            before the model's first backward, if the loss trains a parameter of a module that was not passed.
         NotImplementedError: before the first forward, if several processes train together and the model has no
-            engine, or one that is not supported (FSDP1, DDP with `join()`, parts with different groups or factors).
+            engine, or one that is not supported (FSDP1, DDP with `join()` or a hook of torch's that does not average or
+            that steps, `set_all_reduce_hook`, parts with different groups or factors).
         NonFiniteLoss: a loss is not finite, with `nonfinite="raise"`.
         RuntimeError: after the first backward of a model's first window, if a hook has cleared a `.grad`, as an
             optimizer in the backward pass does (LOMO, GaLore by layer); its step has already been made. On several
@@ -267,10 +270,7 @@ def accumulate(
         if sync not in ("last", "each"):
             raise ValueError(f"sync must be 'last' or 'each', but {sync!r} was given.")
         if alone and engine:
-            raise ValueError(
-                "alone=True is for a model that only this process trains, and an engine averages this one: "
-                "leave it out."
-            )
+            raise ValueError("alone=True is for a model without an engine, but this one has one: leave it out.")
         if not window and not (spare and engine):
             raise ValueError("The window is empty: give accumulate at least one micro-batch.")
         parameters = refusals.trainable_and_clear(modules)

@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import traceback
+import warnings
 
 os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 
@@ -441,6 +442,43 @@ class Job:
             mine.data.copy_(distribute_tensor(each.detach().clone(), mine.device_mesh, mine.placements))
         self.exact(sharded_late)
 
+    def two_in_one_group_of_parameters(self):
+        model = copy.deepcopy(START)
+        fully_shard([model.blocks[1], model.blocks[2]], mesh=self.mesh())
+        self.exact(fully_shard(model, mesh=self.mesh()))
+
+    def two_with_a_frozen_reference(self):
+        def distance(one, rows):
+            return mse_loss(one(X[list(rows)]), reference(X[list(rows)]) + 1, reduction="sum")
+
+        reference = START
+        right, _ = whole(START, self.rows, distance)
+        reference = sharded(self.mesh()).requires_grad_(False)
+        for model in (DistributedDataParallel(copy.deepcopy(START)), sharded(self.mesh())):
+            for _ in range(2):  # the reference gathers in each pass, which all ranks then run
+                accumulate([model, reference], self.mine, lambda rows, model=model: distance(model, rows), len)
+                assert relative_error(full(model), right) < 1e-12
+                model.zero_grad()
+
+    def two_hooks(self):
+        model = sharded(self.mesh())
+        model.set_all_reduce_hook(lambda gradient: gradient.mul_(2))
+        self.refused(model, NotImplementedError, "set_all_reduce_hook")
+        model = sharded(self.mesh())
+        for each in model.parameters():  # as LOMO does
+            each.register_post_accumulate_grad_hook(lambda each: setattr(each, "grad", None))
+        with pytest.raises(RuntimeError, match="A hook cleared"):
+            accumulate(model, self.mine, lambda rows: squares(model, rows), len)
+
+    def two_of_which_one_makes_warnings_errors(self):
+        for wrap in (DistributedDataParallel, lambda model: fully_shard(model, mesh=self.mesh())):
+            model = wrap(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).double())
+            with warnings.catch_warnings():
+                warnings.simplefilter("error" if self.rank else "ignore")
+                with pytest.raises((UserWarning, RuntimeError)) as caught:
+                    accumulate(model, self.mine, None, len)
+            assert ("BatchNorm" if self.rank else "Rank 1 raised") in str(caught.value)
+
     def two_modules_in_a_list(self):
         def both(one, other, rows):
             return (one(X[list(rows)]) * other(X[list(rows)])).sum(-1).exp().sum()
@@ -567,12 +605,12 @@ class Job:
         assert relative_error(full(model), right) < 1e-12
 
 
-def main(rank, size, store, prefix, only=""):
+def main(kind, rank, size, store, prefix, only=""):
     torch.set_num_threads(1)
     store = dist.FileStore(store, size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=20))
-    job = Job(rank, size)
-    for name in [name for name in vars(Job) if name.startswith(prefix) and only in name]:
+    job = kind(rank, size)
+    for name in [name for name in vars(kind) if name.startswith(prefix) and only in name]:
         try:
             getattr(job, name)()
             said = "ok"
@@ -586,4 +624,4 @@ def main(rank, size, store, prefix, only=""):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
+    main(Job, int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

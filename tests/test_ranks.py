@@ -4,22 +4,21 @@ DDP on threads with real gloo is in the quick suite; `fully_shard` and what need
 """
 
 import copy
-import json
 import math
 import os
 import re
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from threaded import errors_of, refused
+from threaded import ended, errors_of, refused, said_by_ranks
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import debugging_hooks, default_hooks, post_localSGD_hook
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -344,6 +343,21 @@ def test_two_modules_in_a_list_each_in_an_engine():
     assert max(run_ranks(2, work)) < 1e-12
 
 
+def test_sparse_gradients():
+    start = nn.Sequential(nn.Embedding(3, 4, sparse=True), nn.Linear(4, 4)).double()
+
+    def loss_sum(model, rows):
+        return model(CLASSES[list(rows)]).square().sum()
+
+    def work(rank, group):
+        model = wrapped(group, start)
+        accumulate(model, DEAL[rank], lambda rows: loss_sum(model, rows), len)
+        return relative_error([each.to_dense() for each in gradients(model)], right)
+
+    right = [each.to_dense() for each in whole(start, loss_sum=loss_sum)[0]]
+    assert max(run_ranks(2, work)) < 1e-12
+
+
 class Talking(nn.SyncBatchNorm):
     """A stand-in that runs on a CPU: it exchanges something in each forward."""
 
@@ -433,6 +447,7 @@ FAULTS = {  # what is wrong on rank 1 alone: the model, the window and the optio
     "minus": (None, {"count": lambda rows: -2}, ValueError, "it returned -2"),
     "no number": (None, {"count": lambda rows: "2"}, TypeError, "'2' (str)"),
     "empty": (None, {"window": []}, ValueError, "The window is empty"),
+    "alone": (None, {"alone": True}, ValueError, "for a model without an engine"),
     "sync": (None, {"sync": "never"}, ValueError, "sync must be 'last' or 'each'"),
     "nonfinite": (None, {"nonfinite": "skip"}, ValueError, "nonfinite must be 'pass' or 'raise'"),
 }
@@ -519,6 +534,56 @@ def test_engines_that_average_otherwise():
         for error in errors_of(2, work):
             assert type(error) is kind, error
             assert said in str(error)
+
+
+def test_one_made_trainable_for_another_is_refused():
+    def work(rank, group):
+        model = wrapped(group, frozen(), find_unused_parameters=True)
+        model.module[0].weight.requires_grad_(True)
+        model.module[2].weight.requires_grad_(False)  # as many, and as large
+        accumulate(model, DEAL[rank], None, len)
+
+    for error in errors_of(2, work):
+        assert "'module.0.weight' is trainable and no engine averages it" in str(error)
+
+
+def test_communication_hooks():
+    def work(hook, state=None):
+        def on(rank, group):
+            model = wrapped(group)
+            model.register_comm_hook(state or group, hook)
+            accumulate(model, DEAL[rank], lambda rows: squares(model, rows), len)
+            assert off(model, right) < 1e-3  # half precision is sent
+
+        return on
+
+    right, _ = whole()
+    run_ranks(2, work(default_hooks.fp16_compress_hook))
+    for hook in (
+        debugging_hooks.noop_hook,
+        default_hooks.fp16_compress_wrapper(debugging_hooks.noop_hook),
+        post_localSGD_hook.post_localSGD_hook,
+    ):
+        for error in errors_of(2, work(hook)):
+            assert type(error) is NotImplementedError
+            assert "with the communication hook" in str(error)
+
+
+@pytest.mark.parametrize("wraps", [True, False])
+def test_a_loss_that_trains_what_is_not_given(wraps):
+    def work(rank, group):
+        model, other = wrapped(group), copy.deepcopy(START)
+        if wraps:
+            other = DistributedDataParallel(other, process_group=group)
+
+        def loss_sum(rows):
+            return squares(model, rows) + squares(other, rows)
+
+        accumulate(model, DEAL[rank], loss_sum, len)
+
+    for error in errors_of(2, work):
+        assert type(error) is ValueError
+        assert "that is in none of the modules passed" in str(error)
 
 
 def test_gradients_not_all_sent_are_refused():
@@ -655,39 +720,12 @@ JOB = Path(__file__).with_name("ranks_job.py")
 CASES = re.findall(r"    def ((?:two|four)_\w+)\(", JOB.read_text())
 
 
-@contextmanager
-def ended(processes, timeout):
-    """Wait for our processes, and leave none behind."""
-    try:
-        yield [process.communicate(timeout=timeout)[0] for process in processes]
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-
-
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
     """What each rank says of each case, by the number of processes that it is for."""
     found = {}
     for prefix, size in (("two", 2), ("four", 4)):
-        store = tmp_path_factory.mktemp(prefix) / "store"
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        processes = [
-            subprocess.Popen(
-                [sys.executable, JOB, str(rank), str(size), store, prefix],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-                env=environment,
-            )
-            for rank in range(size)
-        ]
-        with ended(processes, timeout=120) as outputs:
-            for rank, output in enumerate(outputs):
-                for name, what in map(json.loads, output.splitlines()):
-                    found[name, rank] = what
+        found |= said_by_ranks(JOB, size, tmp_path_factory.mktemp(prefix) / "store", prefix)
     return found
 
 

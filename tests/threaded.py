@@ -1,5 +1,9 @@
 """What tests of one process and of several ranks share: what a refusal looks like, and the errors of each rank."""
 
+import json
+import os
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -27,3 +31,34 @@ def errors_of(size, work):
             return error
 
     return run_ranks(size, guarded)
+
+
+@contextmanager
+def ended(processes, timeout):
+    """Wait for our processes, and leave none behind."""
+    try:
+        yield [process.communicate(timeout=timeout)[0] for process in processes]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+def said_by_ranks(job, size, store, prefix):
+    """What each rank of a job says of each of its cases; `ranks_job.py` says how a job is called."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, job, str(rank), str(size), store, prefix],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )
+        for rank in range(size)
+    ]
+    with ended(processes, timeout=120) as outputs:
+        pass
+    lines = [(rank, json.loads(line)) for rank, output in enumerate(outputs) for line in output.splitlines()]
+    return {(name, rank): what for rank, (name, what) in lines}
