@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from threaded import said_by_ranks
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
@@ -133,6 +134,13 @@ def test_transformers(kind, tmp_path):
     kinds = [update.kind for update in scope["seen"].updates]
     # Before its shift a row has one label more than are summed; Trainer drops it where the class is ...ForCausalLM.
     assert kinds == (["right"] * 3 if kind == "Llama" else ["another divisor"] * 3)
+
+
+@pytest.mark.parametrize("library", ["accelerate", "lightning"])
+def test_models_prepared_for_two_ranks(library, tmp_path):
+    pytest.importorskip(library)
+    said = said_by_ranks(Path(__file__).with_name("peers_job.py"), 2, tmp_path / "store", f"two_{library}")
+    assert said == {(f"two_{library}", rank): "ok" for rank in (0, 1)}
 
 
 def test_the_record_is_what_these_libraries_do():
