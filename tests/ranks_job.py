@@ -544,12 +544,15 @@ class Job:
 
         size = 4 * (64 * 128 + 128 + 128 * 128 + 128 + 128 * 64 + 64)
         for sync in ("last", "each"):
-            built = build(self.mesh())
-            measured = []
-            for _ in range(2):
-                with measure_memory(*built) as memory:
-                    step(*built, sync, len)
-                measured.append((memory.peak_bytes, memory.start_bytes, memory.end_bytes, memory.at_peak))
+            runs = []
+            for _ in range(3):
+                built = build(self.mesh())
+                for _ in range(2):
+                    with measure_memory(*built) as memory:
+                        step(*built, sync, len)
+                    runs.append((memory.peak_bytes, memory.start_bytes, memory.end_bytes, memory.at_peak))
+            # A thread of gloo's may release what it sent a moment late, which adds to a peak: the least is the step's.
+            measured = [min(runs[first::2], key=lambda run: run[:3]) for first in (0, 1)]
             if sync == "last":  # whole on each rank, where "each" holds a shard
                 assert memory.at_peak["gradients"] == size
             for count in (len, lambda rows: torch.tensor(len(rows))):
