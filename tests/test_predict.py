@@ -468,6 +468,21 @@ def test_batch_norm_of_16_bits(affine):
     assert [whole(predicted.first), whole(predicted)] == measured(make(), step)
 
 
+LAID_OUT = nn.LayerNorm, nn.BatchNorm1d, nn.InstanceNorm1d, lambda _: nn.Softmax(-1), lambda _: nn.LogSoftmax(-1)
+
+
+@pytest.mark.parametrize("kind", LAID_OUT)
+def test_results_of_permuted_inputs_lie_as_kernels_lay_them(kind):
+    def make():
+        return nn.Linear(8, 8), kind(8), nn.Linear(8, 8), torch.ones(3, 8, 8)
+
+    def step(before, layer, after, x):
+        after(layer(before(x).mT).mT).mT.square().sum().backward()
+
+    predicted = predict_memory(make, step, device="cpu")
+    assert [whole(predicted.first), whole(predicted)] == measured(make(), step)
+
+
 def test_a_schedule_of_floats_is_known():
     def make():
         rates = [rate.item() for rate in torch.linspace(0, 0.1, 3)]

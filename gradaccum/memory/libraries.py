@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
 from torch import Tensor
+
+# Private: as kernels ask for it in C++, channels last where the strides say so.
+from torch._prims_common import suggest_memory_format
 
 WORKSPACE: Final = 8_519_680  # bytes
 _aten = torch.ops.aten
@@ -49,9 +53,7 @@ def grouped_mm(
         >>> grouped_mm(torch.zeros(6, 4), torch.zeros(2, 4, 3), torch.tensor([2, 6])).stride()
         (4, 1)
     """
-    groups: list[int] = []
-    if a.dim() == b.dim():
-        groups = [a.shape[0] if offs is None else offs.shape[0]]
+    groups = [a.shape[0] if offs is None else offs.shape[0]] * (a.dim() == b.dim())
     dtype = out_dtype or a.dtype
     row = -(-b.shape[-1] * dtype.itemsize // 16) * 16 // dtype.itemsize
     return a.new_empty_strided(
@@ -72,7 +74,24 @@ def batch_norm(x: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, ..
     return out, *(each if each.dtype == given else each.new_empty(each.shape, dtype=given) for each in kept)
 
 
-CORRECTED: Final = {_aten._grouped_mm.default: grouped_mm, _aten.native_batch_norm.default: batch_norm}
+def _laid_out(func: Callable[..., Any], layout: Callable[[Tensor], Any] = lambda _: torch.contiguous_format) -> Any:
+    """Return an operation whose results lie as kernels lay them; torch says that they lie as the inputs do."""
+
+    def lay(made: Any) -> Any:
+        if isinstance(made, tuple):
+            return tuple(map(lay, made))
+        return made if made is None else made.contiguous(memory_format=layout(made))
+
+    return lambda *args, **kwargs: lay(func(*args, **kwargs))
+
+
+_CONTIGUOUS = _aten.native_layer_norm_backward, _aten._log_softmax_backward_data, _aten._softmax_backward_data
+CORRECTED: Final[dict[Any, Callable[..., Any]]] = {
+    _aten._grouped_mm.default: grouped_mm,
+    _aten.native_batch_norm.default: _laid_out(batch_norm, suggest_memory_format),
+    _aten.native_batch_norm_backward.default: _laid_out(_aten.native_batch_norm_backward, suggest_memory_format),
+    **{each.default: _laid_out(each.default) for each in _CONTIGUOUS},
+}
 
 
 def refuse_quantized(optimizer: torch.optim.Optimizer) -> None:

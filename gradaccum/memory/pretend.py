@@ -14,13 +14,7 @@ import torch
 from torch import Tensor, nn
 
 # Private, but the only tensors with a device, a storage of the right size and a graph, and without memory.
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    FakeTensorMode,
-    UnsupportedOperatorException,
-)
+from torch._subclasses import FakeTensor, FakeTensorMode, fake_tensor
 from torch.nn import functional
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode
@@ -159,11 +153,11 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return value
         try:
             result = CORRECTED.get(func, func)(*args, **kwargs)
-        except DataDependentOutputException as error:
+        except fake_tensor.DataDependentOutputException as error:
             return self._read(func, args, kwargs, error)
-        except DynamicOutputShapeException as error:
+        except fake_tensor.DynamicOutputShapeException as error:
             result = self._sized(func, args, kwargs, error)
-        except UnsupportedOperatorException as error:
+        except fake_tensor.UnsupportedOperatorException as error:
             raise NotImplementedError(f"torch cannot infer the result shapes of {func} without data.") from error
         except AssertionError as error:
             foreign = (x for x in followed([args, kwargs]) if getattr(x, "fake_mode", None) is not self._fakes)
@@ -216,9 +210,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def before_step(self, optimizer: torch.optim.Optimizer, *call: object) -> None:
         """Let an optimizer use CUDA's default implementation; raise for an unsupported optimizer."""
         if isinstance(optimizer, torch.optim.LBFGS):
-            raise NotImplementedError(
-                "LBFGS cannot be predicted: the number of its evaluations and its state depend on values."
-            )
+            raise NotImplementedError("LBFGS cannot be predicted: its evaluations and its state depend on values.")
         refuse_quantized(optimizer)
         self._stepping = True
         for group in optimizer.param_groups if self._device == "cuda" else ():
@@ -252,8 +244,7 @@ def _replaced(device: str) -> Iterator[None]:
                 for old in () if parameter is None else (parameter, parameter.grad):
                     if old is not None and (new := change(old.detach())).dtype != old.dtype:
                         old.data = new
-            buffers = module._buffers.items()
-            module._buffers.update({name: x if x is None else change(x) for name, x in buffers})
+            module._buffers.update({name: x if x is None else change(x) for name, x in module._buffers.items()})
         return self
 
     def run_backward(*args: Any, **options: Any) -> Any:
@@ -265,10 +256,8 @@ def _replaced(device: str) -> Iterator[None]:
         raise NotImplementedError("Compiled code cannot be predicted: leave torch.compile out of build and step.")
 
     def replicated(*args: Any, **options: Any) -> None:
-        raise NotImplementedError(
-            "DistributedDataParallel cannot be predicted, since its buckets cannot be tracked: predict the model that "
-            "it wraps, and add the bytes of the gradients once."
-        )
+        given = "DistributedDataParallel cannot be predicted, since its buckets cannot be tracked"
+        raise NotImplementedError(f"{given}: predict the wrapped model, and add the bytes of the gradients once.")
 
     places: list[tuple[Any, str, Any]] = [
         (torch.autocast, "__init__", autocast_on_host),
