@@ -128,6 +128,20 @@ def clip(rows):
     return model, {"input_ids": tokens(rows), "pixel_values": pictures, "return_loss": True}
 
 
+def patch_tst(rows):
+    sizes = {
+        "context_length": 32,
+        "prediction_length": 8,
+        "patch_length": 8,
+        "patch_stride": 8,
+        "num_input_channels": 3,
+    }
+    parts = {"d_model": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 16}
+    kind = pytest.importorskip("transformers").PatchTSTForPrediction
+    model = kind(kind.config_class(**sizes, **parts)).train()
+    return model, {"past_values": torch.rand(rows, 32, 3), "future_values": torch.rand(rows, 8, 3)}
+
+
 def vision_models():
     return pytest.importorskip("torchvision").models
 
@@ -163,6 +177,17 @@ MODELS = {
     "Whisper": whisper,
     "CLIP": clip,
     "ViT": partial(vision, "ViTForImageClassification", **BERT, **PICTURE),
+    "Swin of transformers": partial(
+        vision,
+        "SwinForImageClassification",
+        patch_size=4,
+        embed_dim=16,
+        depths=[1, 1],
+        num_heads=[2, 2],
+        window_size=4,
+        image_size=32,
+    ),
+    "PatchTST": patch_tst,
     "DINOv2": partial(
         vision, "Dinov2ForImageClassification", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, **PICTURE
     ),
