@@ -158,3 +158,8 @@ def test_published_reserved_memory_is_predicted():
     for row in rows:
         assert abs(row["reserved"] / row["published"] - 1) < 0.005, row
         assert row["allocated"] < 0.99 * row["published"], "so the allocator's model is what makes the difference"
+
+
+@pytest.mark.slow
+def test_the_peaks_of_a_tutorial_are_predicted():
+    assert [round(peak) for peak in published_steps.vit_peaks().values()] == [6, 4]
