@@ -495,6 +495,23 @@ def test_a_schedule_of_floats_is_known():
     assert predict_memory(lambda: torch.zeros(2), lambda x: x.sum().item()).guessed  # which may stand for data
 
 
+def test_what_batch_norm_writes_is_no_longer_known():
+    seen = []
+
+    def make():
+        norm = nn.BatchNorm1d(2)
+        norm.running_mean = torch.tensor([2.0, 3.0])
+        return norm, torch.rand(4, 2)
+
+    def step(norm, x):
+        seen.append((norm.running_mean[0].item(), norm.num_batches_tracked.item()))
+        norm(x)
+
+    (guess,) = predict_memory(make, step, device="cpu").guessed
+    assert seen == [(2.0, 0), (1.0, 1)]
+    assert (guess.what, guess.times) == ("float32 taken as 1.0", 1)
+
+
 def test_what_an_initialization_draws_is_no_guess():
     def make():
         return nn.init.trunc_normal_(torch.empty(5, 5)), torch.rand(4)
@@ -623,7 +640,8 @@ def batch():
             "created outside of build .*: create the model",
         ),
         (batch, lambda x: REAL.weight.detach(), "cuda", ValueError, r"shape \(3, 3\) created outside"),
-        (batch, lambda x: x[x > 0], "cpu", NotImplementedError, "size depends on values"),
+        (lambda: nn.Linear(3, 3)(batch()), batch, "cpu", ValueError, "a forward, .* run the forward in step"),
+        (batch, lambda x: x[x > 0], "cpu", NotImplementedError, "size depends on values.*experts to grouped_mm"),
         (batch, lambda x: torch.equal(x, x + 1), "cpu", NotImplementedError, "depends on values"),
         (batch, lambda x: x.to_sparse(), "cpu", NotImplementedError, "size depends on values|dense"),
         (batch, lambda x: 1 / 0, "cuda", ZeroDivisionError, "division"),

@@ -74,8 +74,8 @@ def predict_memory(
     A value that is read (`.item()`, `.tolist()`, `if tensor`) is known if it depends only on integers and booleans
     of at most 2^20 elements, such as a mask of ones, or on at most 2^10 floats from `torch.tensor`, `arange` or
     `linspace`, and not on random numbers. Otherwise it is guessed, as 1 or False, and `guessed` says where. For a
-    GradScaler, no gradient overflows. Not counted: memory inside a kernel, the CUDA context (0.5 to 1.5 GB), a
-    forward in `build`, and tensors in objects that `build` returns, other than modules, optimizers and their
+    GradScaler, no gradient overflows. Not counted: memory inside a kernel, the CUDA context (0.5 to 1.5 GB),
+    and tensors in objects that `build` returns, other than modules, optimizers and their
     wrappers, tensors, and lists, tuples and dicts of these. autocast, GradScaler, dropout, attention and `Module.to`
     are patched while it runs, so no other thread should use them. If tqdm is installed, a prediction of more than
     two seconds shows its progress.
@@ -103,7 +103,8 @@ def predict_memory(
 
     Raises:
         TypeError: `build` or `step` is not callable, or `device` is not a device.
-        ValueError: a tensor created outside of `build` and `step` is used in them.
+        ValueError: a tensor created outside of `build` and `step` is used in them, or `build` returns the result of a
+            forward, whose graph holds memory that is not counted.
         NotImplementedError: prediction is not possible: another device, recurrent layers, `nn.EmbeddingBag`, LBFGS,
             compiled code, DistributedDataParallel, sparse tensors, a shape that depends on values, an operation that
             torch cannot run without data.
@@ -158,6 +159,9 @@ def _start_bytes(build: Callable[[], Any], device: str, tick: Callable[[], None]
 
 
 def _tuple(built: object) -> tuple[Any, ...]:
+    if any(getattr(each, "grad_fn", None) is not None for each in followed(built)):
+        given = "build returns the result of a forward, whose graph holds memory that is not counted"
+        raise ValueError(f"{given}: run the forward in step, or detach the result.")
     return tuple(built) if isinstance(built, tuple | list) else (built,)
 
 

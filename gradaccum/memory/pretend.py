@@ -203,7 +203,9 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         known = self._values.shaped(func, args, kwargs)
         if known is None:
             given = f"{func} returns a tensor whose size depends on values, which a prediction does not have"
-            raise NotImplementedError(f"{given}: use torch.where, or multiply by a mask.") from error
+            raise NotImplementedError(
+                f"{given}: use torch.where, multiply by a mask, or set experts to grouped_mm."
+            ) from error
         make = self._fakes.from_tensor
         return make(known) if isinstance(known, Tensor) else type(known)(make(each) for each in known)
 
