@@ -94,6 +94,22 @@ CORRECTED: Final[dict[Any, Callable[..., Any]]] = {
 }
 
 
+def held_within(func: Any, args: Any) -> list[int]:
+    """Return the sizes of what a kernel holds on CUDA until it returns, in bytes: group norm's backward alone.
+
+    By torch's source, aten/src/ATen/native/cuda/group_norm_kernel.cu (GroupNormBackwardKernelImplInternal).
+
+    Example:
+        >>> held_within(torch.ops.aten.mm.default, (torch.zeros(2, 2), torch.zeros(2, 2)))
+        []
+    """
+    if func is not _aten.native_group_norm_backward.default:
+        return []
+    _, x, _, _, weight, rows, channels, area, groups, (of_input, *_) = args
+    wide, whole = max(x.itemsize, 4), (2 + (of_input and weight is not None)) * (area > 1)
+    return [rows * channels * wide] * whole + [rows * groups * wide] * (2 * of_input)
+
+
 def refuse_quantized(optimizer: torch.optim.Optimizer) -> None:
     """Raise NotImplementedError for an optimizer, by name, with a 4-bit or 8-bit state from its own kernels.
 

@@ -9,6 +9,7 @@ import torch
 
 from gradaccum.bars import progress
 from gradaccum.memory.follow import ROLES
+from gradaccum.memory.libraries import held_within
 from gradaccum.memory.measure import MemoryReport, measure_memory
 from gradaccum.memory.pretend import Operations, followed, without_data
 
@@ -73,12 +74,13 @@ def predict_memory(
 
     A value that is read (`.item()`, `.tolist()`, `if tensor`) is known if it depends only on integers and booleans
     of at most 2^20 elements, such as a mask of ones, or on at most 2^10 floats from `torch.tensor`, `arange` or
-    `linspace`, and not on random numbers. Otherwise it is guessed, as 1 or False, and `guessed` says where. For a
-    GradScaler, no gradient overflows. Not counted: memory inside a kernel, the CUDA context (0.5 to 1.5 GB),
-    and tensors in objects that `build` returns, other than modules, optimizers and their
-    wrappers, tensors, and lists, tuples and dicts of these. autocast, GradScaler, dropout, attention and `Module.to`
-    are patched while it runs, so no other thread should use them. If tqdm is installed, a prediction of more than
-    two seconds shows its progress.
+    `linspace`, and not on random numbers. Otherwise it is guessed: as the middle of the range that `rand`,
+    `randint` or `uniform_` draws from, else as 1 or False, and `guessed` says where. For a GradScaler, no gradient
+    overflows. Not counted: memory inside a kernel (except group norm's backward on "cuda"), the CUDA context (0.5 to
+    1.5 GB), and tensors in objects that `build` returns, other than modules, optimizers and their wrappers, tensors,
+    and lists, tuples and dicts of these. autocast, GradScaler, dropout, attention and `Module.to` are patched while
+    it runs, so no other thread should use them. If tqdm is installed, a prediction of more than two seconds shows its
+    progress.
 
     `reserved_bytes` is what must fit on the GPU beside the context: `CachingAllocator` replays the tracked storages.
     If these are right, it is accurate to 1 or 2 %, which depends on the order of allocations and releases. cuDNN's
@@ -178,7 +180,12 @@ class _Follow(measure_memory):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if (block := self._operations.workspaces.made_for(func)) is not None:
             self._add(block.untyped_storage(), block, "cuBLAS", "libraries")
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if self._operations.allocator:
+            held = [torch.empty(size, dtype=torch.uint8) for size in held_within(func, args)]
+            for each in held:  # beside the results, until here
+                self._add(each.untyped_storage(), each, func, self._role_now())
+        return result
 
     def _add(self, storage: torch.UntypedStorage, *made: Any) -> None:
         if self._operations.allocator:

@@ -26,7 +26,7 @@ from gradaccum.memory.allocator import CachingAllocator
 from gradaccum.memory.attention import attention
 from gradaccum.memory.libraries import CORRECTED, Workspaces, refuse_quantized
 from gradaccum.memory.measure import optimizers_in
-from gradaccum.memory.values import Values
+from gradaccum.memory.values import Values, line_that_reads, unsized
 
 _aten = torch.ops.aten
 # On a CPU and on CUDA these reduce into the memory of the unreduced loss, and keep all of it.
@@ -188,11 +188,10 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return known
         if args[0].untyped_storage() in self._overflows:
             return 0.0  # so that a GradScaler steps
-        kind = args[0].dtype
-        answer: Any = kind != torch.bool and (1.0 if kind.is_floating_point else 1)
+        answer = self._values.guess(args[0])
         # Neither an optimizer's step counter nor an initialization changes a shape.
-        if not self._stepping and (line := _line_that_reads()):
-            self.guesses[line, f"{str(kind)[6:]} taken as {answer}"] += 1
+        if not self._stepping and (line := line_that_reads()):
+            self.guesses[line, f"{str(args[0].dtype)[6:]} taken as {answer}"] += 1
         return answer
 
     def _sized(self, func: Any, args: Any, kwargs: Any, error: Exception) -> Any:
@@ -202,10 +201,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(args[0], list(made))
         known = self._values.shaped(func, args, kwargs)
         if known is None:
-            given = f"{func} returns a tensor whose size depends on values, which a prediction does not have"
-            raise NotImplementedError(
-                f"{given}: use torch.where, multiply by a mask, or set experts to grouped_mm."
-            ) from error
+            raise NotImplementedError(unsized(str(func))) from error
         make = self._fakes.from_tensor
         return make(known) if isinstance(known, Tensor) else type(known)(make(each) for each in known)
 
@@ -286,21 +282,6 @@ def _replaced(device: str) -> Iterator[None]:
     finally:
         for owner, name, old in before:
             setattr(owner, name, old)
-
-
-def _line_that_reads() -> str:
-    """Return the innermost file and line outside of torch and this package that read a value.
-
-    Returns "" if `torch.nn.init` read it.
-    """
-    frame = sys._getframe(1)
-    while frame.f_back:
-        if frame.f_globals.get("__name__") == "torch.nn.init":
-            return ""
-        if frame.f_globals.get("__name__", "").partition(".")[0] not in ("torch", "gradaccum"):
-            break
-        frame = frame.f_back
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
 class _Asked(type):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import sys
+import weakref
 from collections.abc import Iterator, Mapping
+from types import FrameType
 from typing import Any, Final
 
 import torch
@@ -19,6 +23,8 @@ _RANGES: Final = {_aten.arange, _aten.linspace, _aten.logspace}  # of floats; ze
 # Their values are known: the tensor argument only determines the size.
 _FILLED: Final = dict.fromkeys((_aten.full_like, _aten.new_full)) | dict.fromkeys((_aten.ones_like, _aten.new_ones), 1)
 _FILLED.update(dict.fromkeys((_aten.zeros_like, _aten.new_zeros), 0))
+# Their numbers are the range: none is 0 to 1, one is its end, two are both ends.
+_DRAWN: Final = {_aten.rand, _aten.rand_like, _aten.uniform_, _aten.randint, _aten.randint_like, _aten.random_}
 _EMPTY: Final = {_aten.empty, _aten.empty_strided, _aten.empty_permuted, _aten.empty_like, _aten.new_empty}
 
 
@@ -31,6 +37,7 @@ class Values:
 
     def __init__(self) -> None:
         self._real = WeakTensorKeyDictionary()
+        self._drawn = weakref.WeakKeyDictionary[torch.UntypedStorage, float]()
 
     def number(self, tensor: Tensor) -> float | None:
         """Return the value of a tensor with one element, None if it is not known."""
@@ -40,10 +47,24 @@ class Values:
             number: float = self._real[tensor].item()
             return number
 
+    def guess(self, tensor: Tensor) -> bool | float:
+        """Return what an unknown value is taken as: the middle of what it was drawn from, else 1; False for a truth."""
+        if tensor.dtype == torch.bool:
+            return _reader("torch.distributions") is None  # which asks whether its arguments are valid
+        middle = self._drawn.get(tensor.untyped_storage(), 1)
+        return float(middle) if tensor.is_floating_point() else math.floor(middle)
+
     def note(self, func: Any, args: Any, kwargs: Mapping[str, Any], result: Any) -> None:
         """Compute an operation's result if it can be known, and forget overwritten values."""
         made = [result] if isinstance(result, Tensor) else list(_tensors([result]))
         is_exact = bool(made) and all(map(_is_exact, made))
+        if func.overloadpacket in _DRAWN:
+            numbers = [each for each in args if isinstance(each, int | float)]
+            numbers += [1] * (len(numbers) < 1 + (func is _aten.uniform_.default))  # torch leaves a default out
+            self._forget(made)
+            whole = not made[0].is_floating_point()  # whose end is not drawn
+            self._drawn[made[0].untyped_storage()] = (sum([0, *numbers][-2:]) - whole) / 2
+            return
         if not is_exact and not self._real:
             return
         if func is _aten.lift_fresh.default:
@@ -107,6 +128,7 @@ class Values:
 
     def _forget(self, tree: Any) -> None:
         for tensor in _tensors([tree]):
+            self._drawn.pop(tensor.untyped_storage(), None)
             if not _is_exact(tensor):
                 continue  # its values are not known
             storage = tensor.untyped_storage()
@@ -125,3 +147,31 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
             yield each
         elif isinstance(each, list | tuple | Mapping):
             yield from _tensors(each)
+
+
+def _reader(*unless: str) -> FrameType | None:
+    """Return the innermost frame outside of torch and this package; None below a module of torch that is named."""
+    frame = sys._getframe(1)
+    while frame.f_back:
+        name = frame.f_globals.get("__name__", "")
+        if name.startswith(unless):
+            return None
+        if name.partition(".")[0] not in ("torch", "gradaccum"):
+            break
+        frame = frame.f_back
+    return frame
+
+
+def line_that_reads() -> str:
+    """Return the file and line that read a value; nothing if torch did, to initialize or to check."""
+    frame = _reader("torch.nn.init", "torch.distributions")
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else ""
+
+
+def unsized(operation: str) -> str:
+    """Say that an operation returns a tensor whose size depends on values, and what to use instead."""
+    module, other = getattr(_reader(), "f_locals", {}).get("self"), "use torch.where, or multiply by a mask"
+    if getattr(getattr(module, "config", None), "_experts_implementation", None):  # of a model of transformers
+        operation = f"{operation} in {type(module).__name__}"
+        other = 'set config._experts_implementation = "grouped_mm"'
+    return f"{operation} returns a tensor whose size depends on values, which a prediction does not have: {other}."
