@@ -26,7 +26,7 @@ from gradaccum.memory.allocator import CachingAllocator
 from gradaccum.memory.attention import attention
 from gradaccum.memory.libraries import CORRECTED, Workspaces, refuse_quantized
 from gradaccum.memory.measure import optimizers_in
-from gradaccum.memory.values import Values, line_that_reads, unsized
+from gradaccum.memory.values import Values, _line_that_reads, _unsized
 
 _aten = torch.ops.aten
 # On a CPU and on CUDA these reduce into the memory of the unreduced loss, and keep all of it.
@@ -190,7 +190,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return 0.0  # so that a GradScaler steps
         answer = self._values.guess(args[0])
         # Neither an optimizer's step counter nor an initialization changes a shape.
-        if not self._stepping and (line := line_that_reads()):
+        if not self._stepping and (line := _line_that_reads()):
             self.guesses[line, f"{str(args[0].dtype)[6:]} taken as {answer}"] += 1
         return answer
 
@@ -201,7 +201,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(args[0], list(made))
         known = self._values.shaped(func, args, kwargs)
         if known is None:
-            raise NotImplementedError(unsized(str(func))) from error
+            raise NotImplementedError(_unsized(str(func))) from error
         make = self._fakes.from_tensor
         return make(known) if isinstance(known, Tensor) else type(known)(make(each) for each in known)
 

@@ -162,13 +162,13 @@ def _reader(*unless: str) -> FrameType | None:
     return frame
 
 
-def line_that_reads() -> str:
+def _line_that_reads() -> str:
     """Return the file and line that read a value; nothing if torch did, to initialize or to check."""
     frame = _reader("torch.nn.init", "torch.distributions")
     return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else ""
 
 
-def unsized(operation: str) -> str:
+def _unsized(operation: str) -> str:
     """Say that an operation returns a tensor whose size depends on values, and what to use instead."""
     module, other = getattr(_reader(), "f_locals", {}).get("self"), "use torch.where, or multiply by a mask"
     if getattr(getattr(module, "config", None), "_experts_implementation", None):  # of a model of transformers
