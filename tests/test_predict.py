@@ -2,6 +2,7 @@
 
 import copy
 import sys
+import warnings
 from functools import partial
 from itertools import product
 
@@ -345,6 +346,41 @@ def test_float32_attention_lies_as_cuda_lays_it():
     assert strides == [True, True]
     predict_memory(build, step, device="cpu")
     assert strides == [True, True, False, False]
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, partial(nn.GroupNorm, 4), nn.BatchNorm1d, nn.RMSNorm])
+@pytest.mark.parametrize(("low", "high"), [(torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)])
+def test_norms_of_16_bits_are_as_measured(norm, low, high):
+    def build():
+        return norm(16).to(high), torch.zeros(100, 16, dtype=low)
+
+    def step(model, x):
+        model(x).sum().backward()
+        model.zero_grad()
+
+    with warnings.catch_warnings(action="ignore"):  # torch's, of mixed dtypes
+        predicted = predict_memory(build, step, device="cpu")
+        assert [whole(predicted.first), whole(predicted)] == measured(build(), step)
+
+
+def test_norms_keep_float32_statistics_on_cuda():
+    def peak(norm):  # 4 bytes for a row, 2 bytes for a number
+        return predict_memory(lambda: torch.zeros(512, 1024, dtype=torch.bfloat16), norm).first.peak_bytes
+
+    def trained(x, norm):
+        norm(x.requires_grad_(), (1024,)).sum().backward()
+
+    row, x = 512 * 4, 512 * 1024 * 2
+    assert peak(lambda x: torch.layer_norm(x, (1024,))) == 2 * x + 2 * row
+    assert peak(lambda x: functional.rms_norm(x, (1024,))) == 2 * x + row
+    # The input, the output's gradient made whole, and the input's gradient; sum and its gradient are scalars.
+    assert peak(partial(trained, norm=functional.rms_norm)) == 3 * x + row + 2 * 512
+
+    def cast(x):  # CUDA's autocast computes it in float32
+        with torch.autocast("cuda", torch.bfloat16):
+            functional.rms_norm(x, (1024,))
+
+    assert peak(cast) == 5 * x + row
 
 
 class ByHand(torch.autograd.Function):

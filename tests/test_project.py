@@ -68,7 +68,7 @@ def budget():
     yield "visible entries in the root", len({path.parts[0] for path in files if path.parts[0][0] != "."}), 15
     module = [path for path in python_files("gradaccum") if path.parts[1] != "exercises"]
     code = {path: lines_of_code(text_of(path)) for path in module}
-    yield "lines of code in gradaccum/ without exercises/", sum(code.values()), 4040
+    yield "lines of code in gradaccum/ without exercises/", sum(code.values()), 4070
     longest = max(code, key=code.get)
     yield f"lines of code in {longest}, the longest file of it", code[longest], 250
     lines = {path: len(text_of(path).splitlines()) for path in python_files() if not is_notebook_source(path)}

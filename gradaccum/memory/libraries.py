@@ -11,8 +11,10 @@ from torch import Tensor
 
 # Private: as kernels ask for it in C++, channels last where the strides say so.
 from torch._prims_common import suggest_memory_format
+from torch.autograd.function import once_differentiable
 
 WORKSPACE: Final = 8_519_680  # bytes
+LOW: Final = torch.bfloat16, torch.float16
 _aten = torch.ops.aten
 _MATMULS: Final = {
     getattr(_aten, name) for name in ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "vdot", "addbmm", "linear")
@@ -61,17 +63,63 @@ def grouped_mm(
     )
 
 
-def batch_norm(x: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    """Run batch norm, with mean and deviation of 16-bit inputs in float32 as in the kernels; torch reports 16 bits.
+def with_statistics(func: Callable[..., Any], *, wide: bool) -> Callable[..., tuple[Any, ...]]:
+    """Return a norm whose mean and deviation have the kernels' dtype; torch reports that of the input.
+
+    They are in float32 for 16-bit inputs if `wide` (on CUDA, `toAccumulateType` in layer_norm_kernel.cu and
+    Normalization.cu), else if the first parameter is not of the input's dtype (`is_mixed_type` in
+    aten/src/ATen/native/cpu/mixed_data_type.h).
 
     Example:
-        >>> x, weight, mean = torch.zeros(2, 3, dtype=torch.bfloat16), torch.ones(3), torch.zeros(3)
-        >>> batch_norm(x, weight, weight, mean, mean, True, 0.1, 1e-5)[1].dtype
+        >>> norm = with_statistics(torch.ops.aten.native_layer_norm.default, wide=False)
+        >>> norm(torch.zeros(2, 3, dtype=torch.bfloat16), [3], torch.ones(3), None, 1e-5)[1].dtype
         torch.float32
     """
-    out, *kept = _aten.native_batch_norm.default(x, weight, *rest)
-    given = next((each.dtype for each in (weight, rest[1]) if each is not None), x.dtype)
-    return out, *(each if each.dtype == given else each.new_empty(each.shape, dtype=given) for each in kept)
+
+    def norm(x: Tensor, *rest: Any) -> tuple[Any, ...]:
+        out, *kept = func(x, *rest)
+        first = next((each.dtype for each in rest if isinstance(each, Tensor)), x.dtype)
+        dtype = torch.float32 if x.dtype in LOW and (wide or first != x.dtype) else x.dtype
+        return out, *(each if each.dtype == dtype else each.new_empty(each.shape, dtype=dtype) for each in kept)
+
+    return norm
+
+
+def rms_norm(x: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    """Allocate what `rms_norm` allocates on CUDA: one fused kernel, where a CPU runs single operations.
+
+    Of parameters of another dtype, CUDA runs the single operations too (aten/src/ATen/native/layer_norm.cpp).
+
+    Example:
+        >>> rms_norm(torch.zeros(2, 3), [3]).shape
+        torch.Size([2, 3])
+    """
+    if weight is not None and weight.dtype != x.dtype:
+        return torch.rms_norm(x, normalized_shape, weight, eps)
+    out: Tensor = _RMSNorm.apply(x, weight, len(normalized_shape))  # type: ignore[no-untyped-call]
+    return out
+
+
+class _RMSNorm(torch.autograd.Function):
+    """`_fused_rms_norm` of layer_norm_kernel.cu: keeps its input and a deviation per row, in float32 for 16 bits."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, dims: int) -> Tensor:
+        """Allocate the output and the deviations."""
+        rows = x.contiguous()  # for the kernel alone; the input itself is kept
+        out = torch.empty_like(rows)
+        deviation = x.new_empty(x.shape[:-dims], dtype=torch.float32 if x.dtype in LOW else x.dtype)
+        ctx.save_for_backward(x, weight, deviation)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Allocate the gradients."""
+        x, weight, _ = ctx.saved_tensors
+        held = grad.contiguous(), x.contiguous()
+        of_weight = torch.empty_like(weight) if weight is not None and ctx.needs_input_grad[1] else None
+        return torch.empty_like(held[1]) if ctx.needs_input_grad[0] else None, of_weight, None
 
 
 def _laid_out(func: Callable[..., Any], layout: Callable[[Tensor], Any] = lambda _: torch.contiguous_format) -> Any:
@@ -85,13 +133,31 @@ def _laid_out(func: Callable[..., Any], layout: Callable[[Tensor], Any] = lambda
     return lambda *args, **kwargs: lay(func(*args, **kwargs))
 
 
+def _batch_norm_backward(*args: Any) -> tuple[Any, ...]:
+    made = _aten.native_batch_norm_backward.default(*args)
+    return tuple(each if asked else None for each, asked in zip(made, args[-1], strict=True))  # as kernels do
+
+
 _CONTIGUOUS = _aten.native_layer_norm_backward, _aten._log_softmax_backward_data, _aten._softmax_backward_data
-CORRECTED: Final[dict[Any, Callable[..., Any]]] = {
-    _aten._grouped_mm.default: grouped_mm,
-    _aten.native_batch_norm.default: _laid_out(batch_norm, suggest_memory_format),
-    _aten.native_batch_norm_backward.default: _laid_out(_aten.native_batch_norm_backward, suggest_memory_format),
-    **{each.default: _laid_out(each.default) for each in _CONTIGUOUS},
-}
+
+
+def corrected(device: str) -> dict[Any, Callable[..., Any]]:
+    """Return, for operations whose results torch describes wrongly, those that describe what kernels make.
+
+    Example:
+        >>> torch.ops.aten._grouped_mm.default in corrected("cpu")
+        True
+    """
+    wide = device == "cuda"
+    batch_norm = with_statistics(_aten.native_batch_norm.default, wide=wide)
+    return {
+        _aten._grouped_mm.default: grouped_mm,
+        _aten.native_batch_norm.default: _laid_out(batch_norm, suggest_memory_format),
+        _aten.native_batch_norm_backward.default: _laid_out(_batch_norm_backward, suggest_memory_format),
+        _aten.native_layer_norm.default: with_statistics(_aten.native_layer_norm.default, wide=wide),
+        _aten.native_group_norm.default: with_statistics(_aten.native_group_norm.default, wide=False),
+        **{each.default: _laid_out(each.default) for each in _CONTIGUOUS},
+    }
 
 
 def held_within(func: Any, args: Any) -> list[int]:

@@ -66,8 +66,8 @@ def predict_memory(
     `build`, and then `step` twice, run on tensors that have a shape but no data, and their memory is tracked as in
     `measure_memory`. For "cpu" the result is what `measure_memory` measures, to the byte if `guessed` is empty. For
     "cuda" every storage is rounded up to 512 bytes, optimizers use CUDA's default implementation (foreach), their step
-    counters on the host are not counted, attention, dropout and autocast save what they save on CUDA, and calls that
-    name "cuda" (a device, autocast, GradScaler) behave as if a GPU were present. All tensors count as being on the
+    counters on the host are not counted, attention, norms, dropout and autocast save what they save on CUDA, and calls
+    that name "cuda" (a device, autocast, GradScaler) behave as if a GPU were present. All tensors count as being on the
     device: a batch that `step` moves there counts from the start. The role "libraries" is the memory of cuBLAS from the
     first matrix product on: 8,519,680 bytes each for the forward's and the backward's thread, as measured on an A100;
     newer GPUs are said to use 32 MiB each.

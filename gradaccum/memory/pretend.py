@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from gradaccum.memory.allocator import CachingAllocator
 from gradaccum.memory.attention import attention
-from gradaccum.memory.libraries import CORRECTED, Workspaces, refuse_quantized
+from gradaccum.memory.libraries import LOW, Workspaces, corrected, refuse_quantized, rms_norm
 from gradaccum.memory.measure import optimizers_in
 from gradaccum.memory.values import Values, _line_that_reads, _unsized
 
@@ -45,7 +45,7 @@ _OUT_OF_SIGHT: Final = {"embedding_bag"} | {
 # What autocast computes in float32 on CUDA but not on a CPU, by the names of functions and tensor methods.
 # fmt: off
 _FLOAT32: Final = {
-    "layer_norm", "native_layer_norm", "group_norm", "softmax", "log_softmax", "softmin", "logsumexp",
+    "layer_norm", "native_layer_norm", "group_norm", "rms_norm", "softmax", "log_softmax", "softmin", "logsumexp",
     "softplus", "cross_entropy", "nll_loss", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div",
     "binary_cross_entropy_with_logits", "cosine_similarity", "exp", "expm1", "log", "log1p", "log2", "log10",
     "pow", "__pow__", "rsqrt", "reciprocal", "norm", "cumsum", "cumprod", "prod", "cdist",
@@ -75,11 +75,12 @@ class DeviceFunctions(TorchFunctionMode):
         place = "device" if name == "to" else ""  # x.to(0)
         args, kwargs = [_host(x, place) for x in args], {key: _host(x, key) for key, x in kwargs.items()}
         if name in _FLOAT32 and torch.is_autocast_enabled("cpu"):
-            low = torch.bfloat16, torch.float16
-            args = [x.float() if isinstance(x, Tensor) and x.dtype in low else x for x in args]
-        elif name == "scaled_dot_product_attention":
+            args = [x.float() if isinstance(x, Tensor) and x.dtype in LOW else x for x in args]
+        if func in (functional.rms_norm, torch.rms_norm):
+            return rms_norm(*args, **kwargs)
+        if name == "scaled_dot_product_attention":
             return attention(*args, **kwargs)
-        elif func is torch.dropout:
+        if func is torch.dropout:
             return _dropout(*args, **kwargs)
         return func(*args, **kwargs)
 
@@ -139,7 +140,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._device, self._fakes, self._tick, self._stepping = device, fakes, tick, False
         self.elsewhere = weakref.WeakSet[torch.UntypedStorage]()
-        self.workspaces = Workspaces(device)
+        self.workspaces, self._corrected = Workspaces(device), corrected(device)
         self.allocator = CachingAllocator() if device == "cuda" else None
         self.guesses: Counter[tuple[str, str]] = Counter()
         self._values = Values()
@@ -152,7 +153,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is _aten._local_scalar_dense.default and (value := self._values.number(args[0])) is not None:
             return value
         try:
-            result = CORRECTED.get(func, func)(*args, **kwargs)
+            result = self._corrected.get(func, func)(*args, **kwargs)
         except fake_tensor.DataDependentOutputException as error:
             return self._read(func, args, kwargs, error)
         except fake_tensor.DynamicOutputShapeException as error:
