@@ -191,7 +191,8 @@ def warn_of_sixteen_bits(
             _WARNED_OF_BITS.update(modules)
             warnings.warn(
                 f"Gradients of {dtype} lose small contributions in a sum over {micro_batches} micro-batches: set "
-                "parameter.grad_dtype = torch.float32 on each parameter, or use fewer micro-batches.",
+                "parameter.grad_dtype = torch.float32 on each parameter (DistributedDataParallel does not accept it), "
+                "or use fewer micro-batches.",
                 stacklevel=level,
             )
             return
