@@ -133,4 +133,4 @@ def test_a_class_of_twelve(tmp_path):
     assert grades == {student: points for student, (_, points) in CLASS.items()}
     assert not [*course.rglob("progress.json*")]
     page = (course / "feedback" / "half_a_question" / STEM / f"{STEM}.html").read_text(encoding="utf-8")
-    assert "the number of micro-batches serves a mean" in page.lower()
+    assert "the number of micro-batches is the divisor of a mean" in page.lower()
