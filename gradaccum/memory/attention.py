@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from gradaccum.memory.libraries import LOW
+
 
 def attention(
     query: Tensor,
@@ -59,7 +61,7 @@ def attention(
 def _kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> str:
     cuda: Any = torch.backends.cuda
     width = query.shape[-1]
-    is_16_bits = query.dtype in (torch.float16, torch.bfloat16)
+    is_16_bits = query.dtype in LOW
     if query.dim() != 4 or key.dim() != 4 or value.dim() != 4 or not query.dtype == key.dtype == value.dtype:
         return "plain"
     if cuda.flash_sdp_enabled() and is_16_bits and mask is None and width == value.shape[-1] <= 256:
@@ -77,7 +79,7 @@ def _plain(
     """Allocate what torch's plain formula allocates: the scores, in float32 for 16 bits."""
     dtype = query.dtype
     cuda: Any = torch.backends.cuda
-    if dtype in (torch.float16, torch.bfloat16) and not cuda.fp16_bf16_reduction_math_sdp_allowed():
+    if dtype in LOW and not cuda.fp16_bf16_reduction_math_sdp_allowed():
         query, key, value = query.float(), key.float(), value.float()
     if gqa:
         key, value = (each.repeat_interleave(query.shape[-3] // each.shape[-3], -3) for each in (key, value))

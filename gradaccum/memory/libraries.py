@@ -96,8 +96,7 @@ def rms_norm(x: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps
     """
     if weight is not None and weight.dtype != x.dtype:
         return torch.rms_norm(x, normalized_shape, weight, eps)
-    out: Tensor = _RMSNorm.apply(x, weight, len(normalized_shape))  # type: ignore[no-untyped-call]
-    return out
+    return _RMSNorm.apply(x, weight, len(normalized_shape))  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -21,8 +21,8 @@ FEW: Final = 2**10  # floats: a schedule of rates or widths, from which a model 
 _aten = torch.ops.aten
 _RANGES: Final = {_aten.arange, _aten.linspace, _aten.logspace}  # of floats; zeros may be placeholders for data
 # Their values are known: the tensor argument only determines the size.
-_FILLED: Final = dict.fromkeys((_aten.full_like, _aten.new_full)) | dict.fromkeys((_aten.ones_like, _aten.new_ones), 1)
-_FILLED.update(dict.fromkeys((_aten.zeros_like, _aten.new_zeros), 0))
+_FILLED: Final[dict[Any, int | None]] = {_aten.zeros_like: 0, _aten.new_zeros: 0, _aten.ones_like: 1, _aten.new_ones: 1}
+_FILLED.update({_aten.full_like: None, _aten.new_full: None})  # the value is an argument
 # Their numbers are the range: none is 0 to 1, one is its end, two are both ends.
 _DRAWN: Final = {_aten.rand, _aten.rand_like, _aten.uniform_, _aten.randint, _aten.randint_like, _aten.random_}
 _EMPTY: Final = {_aten.empty, _aten.empty_strided, _aten.empty_permuted, _aten.empty_like, _aten.new_empty}
