@@ -243,7 +243,8 @@ def engines_in(modules: Iterable[nn.Module]) -> list[nn.Module]:
 
 def sharded_in(modules: Iterable[nn.Module]) -> list[Any]:
     """Return the modules that `fully_shard` was applied to, outer modules first."""
-    return [each for each in engines_in(modules) if isinstance(each, _sharding("FSDPModule"))]
+    kinds = _sharding("FSDPModule")  # none: then a window of DistributedDataParallel is spared a walk
+    return [each for each in engines_in(modules) if isinstance(each, kinds)] if kinds else []
 
 
 def _sharding(*names: str) -> tuple[type, ...]:
